@@ -1,0 +1,38 @@
+//! Every API of podvisor, as generated code.
+//!
+//! | module      | definition                  | spoken between                              |
+//! |-------------|-----------------------------|---------------------------------------------|
+//! | [`cri`]     | `cri/v1/cri.proto`          | kubelet, crictl, the CLI → podvisord        |
+//! | [`control`] | `control/v1/control.proto`  | the CLI → podvisord                         |
+//! | [`monitor`] | `monitor/v1/monitor.proto`  | podvisord, the CLI → podvisor-monitor       |
+//! | [`agent`]   | `agent/v1/agent.proto`      | podvisor-monitor → podvisor-agent           |
+//!
+//! The definitions carry the documentation.
+
+/// Generated code, nested as the protobuf packages are.
+#[allow(missing_docs, unused_qualifications, clippy::all, clippy::pedantic)]
+mod packages {
+    pub mod runtime_v1 {
+        tonic::include_proto!("runtime.v1");
+    }
+    pub mod control {
+        pub mod v1 {
+            tonic::include_proto!("podvisor.control.v1");
+        }
+    }
+    pub mod monitor {
+        pub mod v1 {
+            tonic::include_proto!("podvisor.monitor.v1");
+        }
+    }
+    pub mod agent {
+        pub mod v1 {
+            tonic::include_proto!("podvisor.agent.v1");
+        }
+    }
+}
+
+pub use packages::agent::v1 as agent;
+pub use packages::control::v1 as control;
+pub use packages::monitor::v1 as monitor;
+pub use packages::runtime_v1 as cri;

@@ -1,0 +1,1 @@
+//! podvisord as a library.
