@@ -125,9 +125,14 @@ impl Daemon {
 
     /// `crictl create`.
     pub fn try_create(&self, id: &str, pod: &Pod, container: &Value) -> Ran {
-        let container = self.config_file("container", container);
-        let pod = self.config_file("pod", &pod.config);
+        let (container, pod) = self.config_files(pod, container);
         self.crictl(&["create", id, &container, &pod])
+    }
+
+    /// Files with the configurations of a container and its pod, for `crictl run`.
+    pub fn config_files(&self, pod: &Pod, container: &Value) -> (String, String) {
+        let container = self.config_file("container", container);
+        (container, self.config_file("pod", &pod.config))
     }
 
     /// `crictl create` that must succeed. The container's id.
@@ -144,8 +149,8 @@ impl Daemon {
 
     /// `crictl exec -s` that must succeed: what the command wrote.
     pub fn exec(&self, container: &str, command: &[&str]) -> String {
-        self.crictl(&[&["exec", "-s", container], command].concat())
-            .ok()
+        let ran = self.crictl(&[&["exec", "-s", container], command].concat());
+        ran.ok().trim_end().to_owned()
     }
 
     /// `crictl inspect`, the status alone.

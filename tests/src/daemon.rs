@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -152,14 +152,15 @@ impl Daemon {
         if options.cni {
             self.write_cni();
         }
+        let path = |key: &str, path: &Path| format!("{key} = \"{}\"", path.display());
         let own = [
             (
                 "",
                 "log = \"debug,h2=info,hyper=info,tower=info,tonic=info\"".to_owned(),
             ),
-            ("vm", format!("guest_dir = {:?}", options.guest_dir)),
-            ("network", format!("conf_dir = {:?}", dir.join("net.d"))),
-            ("image", format!("certs_dir = {:?}", self.certs_dir())),
+            ("vm", path("guest_dir", &options.guest_dir)),
+            ("network", path("conf_dir", &dir.join("net.d"))),
+            ("image", path("certs_dir", &self.certs_dir())),
             (
                 "cgroup",
                 format!("parent = {:?}", self.instance.cgroup_parent()),

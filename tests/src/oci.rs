@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+pub use tar::EntryType;
 
 use crate::{output_of, rig};
 
@@ -98,7 +99,7 @@ impl Layer {
     pub fn entry(
         mut self,
         path: &str,
-        kind: tar::EntryType,
+        kind: EntryType,
         mode: u32,
         link: &str,
         data: &[u8],
@@ -119,22 +120,22 @@ impl Layer {
 
     /// A regular file, 0644.
     pub fn file(self, path: &str, data: impl AsRef<[u8]>) -> Self {
-        self.entry(path, tar::EntryType::Regular, 0o644, "", data.as_ref())
+        self.entry(path, EntryType::Regular, 0o644, "", data.as_ref())
     }
 
     /// A directory, 0755.
     pub fn dir(self, path: &str) -> Self {
-        self.entry(path, tar::EntryType::Directory, 0o755, "", &[])
+        self.entry(path, EntryType::Directory, 0o755, "", &[])
     }
 
     /// A symbolic link.
     pub fn symlink(self, path: &str, target: &str) -> Self {
-        self.entry(path, tar::EntryType::Symlink, 0o777, target, &[])
+        self.entry(path, EntryType::Symlink, 0o777, target, &[])
     }
 
     /// A hard link.
     pub fn link(self, path: &str, target: &str) -> Self {
-        self.entry(path, tar::EntryType::Link, 0o644, target, &[])
+        self.entry(path, EntryType::Link, 0o644, target, &[])
     }
 
     /// Extended attributes of the next entry, as a PAX header.
@@ -147,7 +148,7 @@ impl Layer {
     }
 
     /// An entry whose name tar's own checks would refuse.
-    pub fn hostile(mut self, path: &str, kind: tar::EntryType, link: &str, data: &[u8]) -> Self {
+    pub fn hostile(mut self, path: &str, kind: EntryType, link: &str, data: &[u8]) -> Self {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(kind);
         header.set_mode(0o644);
@@ -219,6 +220,21 @@ impl Image {
         let mut all = vec![(busybox_tar(), Compression::Gzip)];
         all.extend(tars.iter().map(|tar| (tar.as_slice(), Compression::Gzip)));
         Self::new(Format::Oci, &all, &busybox_config())
+    }
+
+    /// With another `config` object.
+    pub fn with_config(mut self, config: &Value) -> Self {
+        let id = self.id();
+        let old = self.blobs.remove(&id).expect("it has a configuration");
+        let mut whole: Value = serde_json::from_slice(&old).expect("made as JSON");
+        whole["config"] = config.clone();
+        let whole = whole.to_string().into_bytes();
+        let mut manifest: Value = serde_json::from_slice(&self.manifest).expect("made as JSON");
+        manifest["config"]["digest"] = json!(digest(&whole));
+        manifest["config"]["size"] = json!(whole.len());
+        self.manifest = manifest.to_string().into_bytes();
+        self.blobs.insert(digest(&whole), whole);
+        self
     }
 
     /// A list of images, each for a platform `os/architecture`.
