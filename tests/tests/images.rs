@@ -19,7 +19,14 @@ fn images(daemon: &Daemon) -> Vec<Value> {
 
 /// Runs a shell script in a container of an image and returns the lines it wrote.
 fn run_in(daemon: &Daemon, image: &str, script: &str) -> Vec<String> {
-    let pod = daemon.pod("run-in");
+    let pod = daemon.pod(&format!(
+        "run-{}",
+        image
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .replace(':', "-")
+    ));
     let id = daemon.run_pod(&pod);
     let container = daemon.create_started(&id, &pod, &shell("c", image, script));
     let status = daemon.cri().wait_exit(&container);

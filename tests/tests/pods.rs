@@ -62,10 +62,7 @@ fn a_pod_without_containers() {
     assert_eq!(ids(&pods(&daemon, &[])), [&id]);
     assert_eq!(ids(&pods(&daemon, &["--state", "ready"])), [&id]);
     assert_eq!(daemon.leaks(), "");
-    assert!(
-        !daemon.instance.pod_resources().is_empty(),
-        "a VM has processes"
-    );
+    assert!(!daemon.pod_resources().is_empty(), "a VM has processes");
 
     daemon.crictl(&["stopp", &id]).ok();
     let status = daemon.inspect_pod(&id);
