@@ -175,7 +175,7 @@ fn every_form_of_image() {
     };
     let foreign = made(Format::Oci, "foreign", Compression::Gzip);
     let list = |format| {
-        let own = made(format, "mine", Compression::Gzip);
+        let own = made(format, &format!("{format:?}"), Compression::Gzip);
         Image::index(
             format,
             &[("linux/s390x", foreign.clone()), ("linux/amd64", own)],
@@ -197,8 +197,8 @@ fn every_form_of_image() {
             made(Format::Docker, "docker", Compression::Gzip),
             "docker",
         ),
-        ("index:1", list(Format::Oci), "mine"),
-        ("list:1", list(Format::Docker), "mine"),
+        ("index:1", list(Format::Oci), "Oci"),
+        ("list:1", list(Format::Docker), "Docker"),
     ] {
         registry.push(name, &image);
         let name = registry.name(name);
