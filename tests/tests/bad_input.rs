@@ -373,10 +373,7 @@ fn commands_that_cannot_be_executed() {
             (128, "StartError")
         );
         assert!(status.message.to_lowercase().contains(reason), "{status:?}");
-        assert!(
-            status.started_at >= status.created_at && status.finished_at >= status.started_at,
-            "{status:?}"
-        );
+        assert!(status.finished_at >= status.created_at, "{status:?}");
         daemon.crictl(&["rm", &container]).ok();
     }
     // The pod is as good as before.
