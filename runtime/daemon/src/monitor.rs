@@ -164,11 +164,14 @@ impl Monitor {
                 async move { UnixStream::connect(path).await.map(TokioIo::new) }
             }),
         );
+        // SAFETY: the AsyncFd owns the descriptor: it stays open for as long as it is registered.
+        let pidfd = unsafe { AsyncFd::register(pidfd) }
+            .map_err(|error| Error::io("pidfd")(error.into()))?;
         Ok(Self {
             dir: dir.to_owned(),
             pid,
             start,
-            pidfd: AsyncFd::register(pidfd).map_err(Error::io("pidfd"))?,
+            pidfd,
             channel,
         })
     }
