@@ -1,0 +1,1 @@
+//! A descriptor chain as slices of guest memory.
