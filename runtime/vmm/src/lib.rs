@@ -12,6 +12,8 @@ pub mod buffers;
 pub mod device;
 pub mod devices;
 pub mod qemu;
+#[cfg(test)]
+mod test_queue;
 mod vhost_user;
 pub mod vm;
 

@@ -1,19 +1,12 @@
 //! The pod's disk: a virtio-blk device whose address space is a map of segments of files.
+//!
+//! - `segments`: the map, and the files behind it
+//! - `request`: one request of the driver, carried out (virtio 1.2, 5.2.6)
+//! - `device`: the virtio device
 
+mod device;
+mod request;
 mod segments;
 
-pub use segments::{Access, Segment, SegmentError, SegmentMap};
-
-/// The virtio-blk device over a [`SegmentMap`].
-#[derive(Debug)]
-pub struct SegmentDisk {
-    #[expect(dead_code, reason = "skeleton")]
-    map: SegmentMap,
-}
-
-impl SegmentDisk {
-    /// A disk that shows what `map` holds, now and later.
-    pub fn new(map: SegmentMap) -> Self {
-        Self { map }
-    }
-}
+pub use device::SegmentDisk;
+pub use segments::{Access, DISK_BYTES, Segment, SegmentError, SegmentMap};
