@@ -59,7 +59,7 @@ impl Daemon {
         let guard = cancel.clone().drop_guard();
         let daemon = Arc::clone(self);
         let task = tokio::spawn(
-            Box::pin(async move { daemon.create_or_undo(record, name, cancel).await })
+            async move { Box::pin(daemon.create_or_undo(record, name, cancel)).await }
                 .in_current_span(),
         );
         let result = task.await.map_err(|_| Error::Cancelled)?;
@@ -303,7 +303,7 @@ impl Daemon {
             match answer {
                 Ok(answer) => pod.apply(answer.snapshot),
                 Err(error) => {
-                    warn!(sandbox = pod.id, %error, "no orderly shutdown, killing the VM")
+                    warn!(sandbox = pod.id, %error, "no orderly shutdown, killing the VM");
                 }
             }
             if tokio::time::timeout(Duration::from_secs(2), monitor.died())
