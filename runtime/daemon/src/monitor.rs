@@ -26,10 +26,42 @@ const MAX_MESSAGE: usize = 33 << 20;
 /// A snapshot on disk is never larger; what is, was not written by a monitor.
 const MAX_STATE_FILE: u64 = 4 << 20;
 
+/// A sandbox's folder, to reach the sockets in it however long its path is: a socket address holds
+/// 108 bytes (unix(7)), an id alone 64.
+#[derive(Debug)]
+pub struct SocketDir {
+    dir: std::fs::File,
+}
+
+impl SocketDir {
+    /// Opens the folder.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn open(dir: &Path) -> std::io::Result<Self> {
+        std::fs::File::open(dir).map(|dir| Self { dir })
+    }
+
+    /// A short path of the socket `name`, good in this process while `self` lives.
+    pub fn path(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.dir.as_raw_fd()))
+    }
+
+    /// A channel to the monitor's API, connected when it is first used.
+    pub fn into_channel(self) -> Channel {
+        Endpoint::from_static("http://monitor").connect_with_connector_lazy(tower::service_fn(
+            move |_| {
+                let path = self.path("monitor.sock");
+                async move { UnixStream::connect(path).await.map(TokioIo::new) }
+            },
+        ))
+    }
+}
+
 /// The running monitor of one pod.
 #[derive(Debug)]
 pub struct Monitor {
-    dir: PathBuf,
+    dir: SocketDir,
     pid: u32,
     start: u64,
     /// Readable once the process has ended; never another process, unlike the pid.
@@ -63,11 +95,10 @@ impl Monitor {
         mut launch: Launch,
         fds: LaunchFds,
     ) -> Result<Self> {
-        let grpc =
-            StdUnixListener::bind(dir.join("monitor.sock")).map_err(Error::io("monitor.sock"))?;
-        let vsock =
-            StdUnixListener::bind(dir.join("vsock.sock")).map_err(Error::io("vsock.sock"))?;
-        let fd_socket = bind_seqpacket(&dir.join("fd.sock")).map_err(Error::io("fd.sock"))?;
+        let sockets = SocketDir::open(dir).map_err(Error::io(dir.display().to_string()))?;
+        let bind = |name| StdUnixListener::bind(sockets.path(name)).map_err(Error::io(name));
+        let (grpc, vsock) = (bind("monitor.sock")?, bind("vsock.sock")?);
+        let fd_socket = bind_seqpacket(&sockets.path("fd.sock")).map_err(Error::io("fd.sock"))?;
         let dir_file = std::fs::File::open(dir).map_err(Error::io(dir.display().to_string()))?;
         let log =
             std::fs::File::create(dir.join("monitor.log")).map_err(Error::io("monitor.log"))?;
@@ -157,22 +188,16 @@ impl Monitor {
 
     fn new(dir: &Path, pid: u32, pidfd: OwnedFd) -> Result<Self> {
         let start = start_time(pid).unwrap_or(0);
-        let path = dir.join("monitor.sock");
-        let channel = Endpoint::from_static("http://monitor").connect_with_connector_lazy(
-            tower::service_fn(move |_| {
-                let path = path.clone();
-                async move { UnixStream::connect(path).await.map(TokioIo::new) }
-            }),
-        );
+        let open = || SocketDir::open(dir).map_err(Error::io(dir.display().to_string()));
         // SAFETY: the AsyncFd owns the descriptor: it stays open for as long as it is registered.
         let pidfd = unsafe { AsyncFd::register(pidfd) }
             .map_err(|error| Error::io("pidfd")(error.into()))?;
         Ok(Self {
-            dir: dir.to_owned(),
+            dir: open()?,
             pid,
             start,
             pidfd,
-            channel,
+            channel: open()?.into_channel(),
         })
     }
 
@@ -217,7 +242,7 @@ impl Monitor {
     /// The monitor does not take it in time.
     pub async fn send_fd(&self, fd: impl AsFd) -> Result<Vec<u8>> {
         let token = Token::random();
-        podvisor_monitor::fd_socket::send(&self.dir.join("fd.sock"), token, &[fd.as_fd()])
+        podvisor_monitor::fd_socket::send(&self.dir.path("fd.sock"), token, &[fd.as_fd()])
             .await
             .map_err(|error| Error::MonitorUnreachable(error.to_string()))?;
         Ok(token.to_vec())
