@@ -17,12 +17,14 @@
 //! every pod through the host's page cache. [`scratch`] makes the empty writable file system that
 //! a pod lays over its layers.
 
+mod erofs;
 mod hosts;
 mod layer;
 mod limits;
 mod pull;
 pub mod reference;
 mod store;
+mod tar;
 
 pub use hosts::Registries;
 pub use limits::Limits;
