@@ -21,7 +21,11 @@ pub(crate) struct DataWriter {
 impl DataWriter {
     /// Writes behind block 0 of `file`, which must be empty: blocks of zeroes are left out.
     pub(crate) fn new(file: File) -> Self {
-        Self { file, position: BLOCK, buffer: Vec::with_capacity(BUFFER) }
+        Self {
+            file,
+            position: BLOCK,
+            buffer: Vec::with_capacity(BUFFER),
+        }
     }
 
     /// Where the next byte goes, in bytes from the start of the image. What is written so far must be padded.
@@ -43,7 +47,8 @@ impl DataWriter {
 
     /// Writes `count` zeroes; whole blocks of them take no space and no time.
     pub(crate) fn write_zeroes(&mut self, count: u64) -> io::Result<()> {
-        let to_block = (self.buffer.len() as u64).next_multiple_of(BLOCK) - self.buffer.len() as u64;
+        let to_block =
+            (self.buffer.len() as u64).next_multiple_of(BLOCK) - self.buffer.len() as u64;
         let head = count.min(to_block);
         self.write(&ZEROES[..head as usize])?;
         let whole = (count - head) / BLOCK * BLOCK;
@@ -57,7 +62,11 @@ impl DataWriter {
     /// Fills up the last block.
     pub(crate) fn pad(&mut self) -> io::Result<()> {
         let used = self.buffer.len() as u64 % BLOCK;
-        if used > 0 { self.write(&ZEROES[used as usize..]) } else { Ok(()) }
+        if used > 0 {
+            self.write(&ZEROES[used as usize..])
+        } else {
+            Ok(())
+        }
     }
 
     /// The file and the number of blocks in use, block 0 included.
@@ -75,7 +84,8 @@ impl DataWriter {
             let length: usize = run.iter().map(|block| block.len()).sum();
             if !is_zero(run[0]) {
                 let start = (offset - self.position) as usize;
-                self.file.write_all_at(&self.buffer[start..start + length], offset)?;
+                self.file
+                    .write_all_at(&self.buffer[start..start + length], offset)?;
             }
             offset += length as u64;
         }

@@ -85,16 +85,29 @@ impl Layout {
             if header + inline > BLOCK {
                 inline = 0;
             }
-            let together = if inline > 0 { header + inline } else { EXTENDED };
+            let together = if inline > 0 {
+                header + inline
+            } else {
+                EXTENDED
+            };
             if at % BLOCK + together > BLOCK {
                 at = at.next_multiple_of(BLOCK);
             }
             let blocks = (content - inline).div_ceil(BLOCK);
-            let block = if blocks > 0 { block_number(data_blocks + content_blocks)? } else { NO_BLOCK };
+            let block = if blocks > 0 {
+                block_number(data_blocks + content_blocks)?
+            } else {
+                NO_BLOCK
+            };
             content_blocks += blocks;
             nids[id as usize] = at / SLOT;
             at = (at + header + inline).next_multiple_of(SLOT);
-            order.push(Place { inode: id, block, inline, links });
+            order.push(Place {
+                inode: id,
+                block,
+                inline,
+                links,
+            });
         }
         let meta_block = data_blocks + content_blocks;
         Ok(Self {
@@ -121,7 +134,10 @@ impl Layout {
             let content = self.content(tree, place.inode);
             let own = &content[..content.len() - place.inline as usize];
             out.write_all(own)?;
-            write_zeroes(&mut out, own.len().next_multiple_of(BLOCK as usize) - own.len())?;
+            write_zeroes(
+                &mut out,
+                own.len().next_multiple_of(BLOCK as usize) - own.len(),
+            )?;
         }
         let mut at = 0;
         for place in &self.order {
@@ -148,7 +164,11 @@ impl Layout {
             Node::File { size, .. } => size,
             _ => content_size(inode),
         };
-        let layout = if place.inline > 0 { LAYOUT_FLAT_INLINE } else { LAYOUT_FLAT_PLAIN };
+        let layout = if place.inline > 0 {
+            LAYOUT_FLAT_INLINE
+        } else {
+            LAYOUT_FLAT_PLAIN
+        };
         let compact = inode_size(inode, self.epoch, place.links) == COMPACT;
         let union = match inode.node {
             Node::File { size: 0, .. } => NO_BLOCK,
@@ -198,7 +218,12 @@ impl Layout {
             _ => return Cow::Borrowed(&[]),
         };
         let dots = [(&b"."[..], id), (&b".."[..], directory.parent)];
-        let mut entries: Vec<_> = directory.children.iter().map(|(name, child)| (&**name, *child)).chain(dots).collect();
+        let mut entries: Vec<_> = directory
+            .children
+            .iter()
+            .map(|(name, child)| (&**name, *child))
+            .chain(dots)
+            .collect();
         entries.sort_unstable_by_key(|(name, _)| *name);
         let names: Vec<Name<'_>> = entries
             .into_iter()
@@ -217,7 +242,12 @@ fn content_size(inode: &Inode) -> u64 {
     match &inode.node {
         Node::Directory(directory) => {
             // "." and ".." go where they sort, which decides how the blocks are packed.
-            let mut names: Vec<&[u8]> = directory.children.keys().map(|name| &**name).chain([&b"."[..], b".."]).collect();
+            let mut names: Vec<&[u8]> = directory
+                .children
+                .keys()
+                .map(|name| &**name)
+                .chain([&b"."[..], b".."])
+                .collect();
             names.sort_unstable();
             directory::size(names.into_iter())
         }
@@ -230,7 +260,11 @@ fn inode_size(inode: &Inode, epoch: Mtime, links: u32) -> u64 {
     let attributes = &inode.attributes;
     let small = |number: u32| u16::try_from(number).is_ok();
     let size_fits = !matches!(inode.node, Node::File { size, .. } if u32::try_from(size).is_err());
-    let compact = attributes.mtime == epoch && small(attributes.uid) && small(attributes.gid) && small(links) && size_fits;
+    let compact = attributes.mtime == epoch
+        && small(attributes.uid)
+        && small(attributes.gid)
+        && small(links)
+        && size_fits;
     if compact { COMPACT } else { EXTENDED }
 }
 
@@ -238,7 +272,9 @@ fn xattrs(inode: &Inode) -> io::Result<Cow<'_, Xattrs>> {
     match &inode.node {
         Node::Directory(directory) if directory.opaque => {
             let with_opaque = inode.attributes.xattrs.with_opaque();
-            with_opaque.map(Cow::Owned).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+            with_opaque
+                .map(Cow::Owned)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
         }
         _ => Ok(Cow::Borrowed(&inode.attributes.xattrs)),
     }
@@ -250,7 +286,9 @@ fn most_common_mtime(tree: &Tree) -> Mtime {
         *counts.entry(inode.attributes.mtime).or_default() += 1;
     }
     // The earliest of the most common: a map's order is not the same twice.
-    let best = counts.into_iter().max_by_key(|(mtime, count)| (*count, std::cmp::Reverse(*mtime)));
+    let best = counts
+        .into_iter()
+        .max_by_key(|(mtime, count)| (*count, std::cmp::Reverse(*mtime)));
     best.map(|(mtime, _)| mtime).unwrap_or_default()
 }
 
@@ -281,7 +319,10 @@ fn dirent_type(node: &Node) -> u8 {
 fn block_number(block: u64) -> io::Result<u32> {
     match u32::try_from(block) {
         Ok(number) if number != NO_BLOCK => Ok(number),
-        _ => Err(io::Error::new(io::ErrorKind::FileTooLarge, "more than 16 TiB in one layer")),
+        _ => Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            "more than 16 TiB in one layer",
+        )),
     }
 }
 

@@ -53,7 +53,9 @@ pub(crate) fn finish(tree: &Tree, data: DataWriter) -> io::Result<u64> {
 fn write_superblock(layout: &metadata::Layout, file: &File) -> io::Result<()> {
     let mut block = vec![0u8; BLOCK as usize];
     let superblock = &mut block[SUPERBLOCK_OFFSET..];
-    let mut put = |offset: usize, bytes: &[u8]| superblock[offset..offset + bytes.len()].copy_from_slice(bytes);
+    let mut put = |offset: usize, bytes: &[u8]| {
+        superblock[offset..offset + bytes.len()].copy_from_slice(bytes)
+    };
     put(0, &MAGIC.to_le_bytes());
     put(8, &(COMPAT_CHECKSUM | COMPAT_MTIME).to_le_bytes());
     put(12, &[BLOCK_BITS]);
@@ -73,7 +75,9 @@ fn write_superblock(layout: &metadata::Layout, file: &File) -> io::Result<()> {
 fn crc32c(bytes: &[u8]) -> u32 {
     const POLYNOMIAL: u32 = 0x82f6_3b78;
     bytes.iter().fold(u32::MAX, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (POLYNOMIAL & (crc & 1).wrapping_neg()))
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (POLYNOMIAL & (crc & 1).wrapping_neg())
+        })
     })
 }
 

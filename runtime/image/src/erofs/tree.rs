@@ -31,10 +31,19 @@ pub(crate) struct Attributes {
 pub(crate) enum Node {
     Directory(Box<Directory>),
     /// Data in consecutive blocks from `position`, bytes from the start of the image.
-    File { position: u64, size: u64 },
+    File {
+        position: u64,
+        size: u64,
+    },
     Symlink(Box<[u8]>),
-    CharDevice { major: u32, minor: u32 },
-    BlockDevice { major: u32, minor: u32 },
+    CharDevice {
+        major: u32,
+        minor: u32,
+    },
+    BlockDevice {
+        major: u32,
+        minor: u32,
+    },
     Fifo,
 }
 
@@ -92,13 +101,26 @@ impl Tree {
     /// A tree with an empty root directory. `max_entries` names, and `max_metadata` bytes of names, symlink targets
     /// and attributes may be added, replaced ones included.
     pub(crate) fn new(max_entries: usize, max_metadata: usize) -> Self {
-        let root = Inode { attributes: implied(), node: Node::Directory(Box::default()), names: 1 };
-        Self { inodes: vec![root], max_entries, entries: 0, max_metadata, metadata: 0 }
+        let root = Inode {
+            attributes: implied(),
+            node: Node::Directory(Box::default()),
+            names: 1,
+        };
+        Self {
+            inodes: vec![root],
+            max_entries,
+            entries: 0,
+            max_metadata,
+            metadata: 0,
+        }
     }
 
     /// The directory in which the last part of `path` is, made where it is missing, and that last part. The root
     /// has no name: `None`. Symbolic links on the way are followed inside the layer, as unpacking in a chroot would.
-    pub(crate) fn parent<'p>(&mut self, path: &'p [u8]) -> Result<Option<(InodeId, &'p [u8])>, TreeError> {
+    pub(crate) fn parent<'p>(
+        &mut self,
+        path: &'p [u8],
+    ) -> Result<Option<(InodeId, &'p [u8])>, TreeError> {
         let Some((parents, name)) = split_last(path)? else {
             return Ok(None);
         };
@@ -128,10 +150,17 @@ impl Tree {
 
     /// Overlayfs's whiteout: a character device 0/0.
     pub(crate) fn is_whiteout(&self, inode: InodeId) -> bool {
-        matches!(self.inodes[inode as usize].node, Node::CharDevice { major: 0, minor: 0 })
+        matches!(
+            self.inodes[inode as usize].node,
+            Node::CharDevice { major: 0, minor: 0 }
+        )
     }
 
-    pub(crate) fn set_attributes(&mut self, inode: InodeId, attributes: Attributes) -> Result<(), TreeError> {
+    pub(crate) fn set_attributes(
+        &mut self,
+        inode: InodeId,
+        attributes: Attributes,
+    ) -> Result<(), TreeError> {
         self.account(attributes.xattrs.bytes().len())?;
         self.inodes[inode as usize].attributes = attributes;
         Ok(())
@@ -152,19 +181,32 @@ impl Tree {
         attributes: Attributes,
         mut node: Node,
     ) -> Result<InodeId, TreeError> {
-        let target = if let Node::Symlink(target) = &node { target.len() } else { 0 };
+        let target = if let Node::Symlink(target) = &node {
+            target.len()
+        } else {
+            0
+        };
         self.account(attributes.xattrs.bytes().len() + target)?;
         if let Node::Directory(new) = &mut node {
             new.parent = directory;
         }
         let inode = self.inodes.len() as InodeId;
-        self.inodes.push(Inode { attributes, node, names: 0 });
+        self.inodes.push(Inode {
+            attributes,
+            node,
+            names: 0,
+        });
         self.name(directory, name, inode)?;
         Ok(inode)
     }
 
     /// Gives `inode`, not a directory, one more name.
-    pub(crate) fn link(&mut self, directory: InodeId, name: &[u8], inode: InodeId) -> Result<(), TreeError> {
+    pub(crate) fn link(
+        &mut self,
+        directory: InodeId,
+        name: &[u8],
+        inode: InodeId,
+    ) -> Result<(), TreeError> {
         if self.child(directory, name) == Some(inode) {
             return Ok(());
         }
@@ -207,7 +249,12 @@ impl Tree {
     }
 
     /// Follows `parents` from the root. `None` if a part is missing and must not be made.
-    fn walk(&mut self, path: &[u8], parents: &[u8], create: bool) -> Result<Option<InodeId>, TreeError> {
+    fn walk(
+        &mut self,
+        path: &[u8],
+        parents: &[u8],
+        create: bool,
+    ) -> Result<Option<InodeId>, TreeError> {
         let mut at = ROOT;
         let (mut links, mut steps) = (0, 0);
         // Parts still to go, the next one last.
@@ -225,7 +272,10 @@ impl Tree {
                 continue;
             }
             check_name(&part, path)?;
-            let Some(child) = self.child(at, &part).filter(|child| !(create && self.is_whiteout(*child))) else {
+            let Some(child) = self
+                .child(at, &part)
+                .filter(|child| !(create && self.is_whiteout(*child)))
+            else {
                 if !create {
                     return Ok(None);
                 }
@@ -266,7 +316,10 @@ impl Tree {
 
 /// The attributes of directories that no entry describes.
 fn implied() -> Attributes {
-    Attributes { mode: 0o755, ..Attributes::default() }
+    Attributes {
+        mode: 0o755,
+        ..Attributes::default()
+    }
 }
 
 /// Everything before the last part of an entry's path, and the last part. `None` for the root.
@@ -287,16 +340,25 @@ fn split_last(path: &[u8]) -> Result<Option<(&[u8], &[u8])>, TreeError> {
 }
 
 fn parts(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
-    path.split(|byte| *byte == b'/').filter(|part| !part.is_empty() && *part != b".")
+    path.split(|byte| *byte == b'/')
+        .filter(|part| !part.is_empty() && *part != b".")
 }
 
 fn check_name(name: &[u8], path: &[u8]) -> Result<(), TreeError> {
-    if name.len() > MAX_NAME { Err(TreeError::NameTooLong(lossy(path))) } else { Ok(()) }
+    if name.len() > MAX_NAME {
+        Err(TreeError::NameTooLong(lossy(path)))
+    } else {
+        Ok(())
+    }
 }
 
 /// For messages; cut where it would fill a log.
 fn lossy(path: &[u8]) -> String {
     const SHOWN: usize = 200;
     let text = String::from_utf8_lossy(&path[..path.len().min(SHOWN)]);
-    if path.len() > SHOWN { format!("{text}…") } else { text.into_owned() }
+    if path.len() > SHOWN {
+        format!("{text}…")
+    } else {
+        text.into_owned()
+    }
 }

@@ -31,7 +31,9 @@ pub(crate) enum XattrError {
 
 impl Xattrs {
     /// `attributes` are full names, each [storable](is_storable), and values; they are stored in that order.
-    pub(crate) fn new<'a>(attributes: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> Result<Self, XattrError> {
+    pub(crate) fn new<'a>(
+        attributes: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,
+    ) -> Result<Self, XattrError> {
         let mut area = Vec::new();
         for (name, value) in attributes {
             append(&mut area, name, value)?;
@@ -72,7 +74,11 @@ fn append(area: &mut Vec<u8>, name: &[u8], value: &[u8]) -> Result<(), XattrErro
     area.extend_from_slice(rest);
     area.extend_from_slice(value);
     area.resize(area.len().next_multiple_of(4), 0);
-    if area.len() > MAX_AREA { Err(XattrError::Total) } else { Ok(()) }
+    if area.len() > MAX_AREA {
+        Err(XattrError::Total)
+    } else {
+        Ok(())
+    }
 }
 
 /// Whether EROFS has a place for an attribute of this name. Others (`system.nfs4_acl`, `com.apple.…`) have no meaning

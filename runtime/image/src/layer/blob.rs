@@ -20,7 +20,11 @@ pub(crate) enum BlobError {
     #[error("blob {expected} has digest {actual}")]
     Digest { expected: Digest, actual: Digest },
     #[error("blob {digest} has {actual} bytes, {expected} wanted")]
-    Size { digest: Digest, expected: u64, actual: u64 },
+    Size {
+        digest: Digest,
+        expected: u64,
+        actual: u64,
+    },
 }
 
 /// Where the network's side puts what arrives.
@@ -41,7 +45,15 @@ pub(crate) struct BlobReader {
 pub(crate) fn channel(digest: Digest, size: u64) -> (BlobSender, BlobReader) {
     let (sender, pieces) = mpsc::channel(PIECES);
     let hash = Sha256::new();
-    let reader = BlobReader { pieces, piece: Bytes::new(), digest, size, received: 0, hash, at_end: false };
+    let reader = BlobReader {
+        pieces,
+        piece: Bytes::new(),
+        digest,
+        size,
+        received: 0,
+        hash,
+        at_end: false,
+    };
     (BlobSender(sender), reader)
 }
 
@@ -74,7 +86,10 @@ impl BlobReader {
     }
 
     fn next_piece(&mut self) -> io::Result<()> {
-        let piece = self.pieces.blocking_recv().ok_or_else(|| error(BlobError::Cancelled))?;
+        let piece = self
+            .pieces
+            .blocking_recv()
+            .ok_or_else(|| error(BlobError::Cancelled))?;
         if piece.is_empty() {
             self.at_end = true;
             return self.check();
@@ -91,10 +106,21 @@ impl BlobReader {
     fn check(&self) -> io::Result<()> {
         let digest = self.digest.clone();
         if self.received != self.size {
-            return Err(error(BlobError::Size { digest, expected: self.size, actual: self.received }));
+            return Err(error(BlobError::Size {
+                digest,
+                expected: self.size,
+                actual: self.received,
+            }));
         }
         let actual = Digest::from(<[u8; 32]>::from(self.hash.clone().finalize()));
-        if actual == digest { Ok(()) } else { Err(error(BlobError::Digest { expected: digest, actual })) }
+        if actual == digest {
+            Ok(())
+        } else {
+            Err(error(BlobError::Digest {
+                expected: digest,
+                actual,
+            }))
+        }
     }
 }
 

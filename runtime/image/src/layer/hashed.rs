@@ -28,7 +28,15 @@ pub(super) struct TooLong(pub(super) u64);
 impl<R: Read> Hashed<R> {
     pub(super) fn new(inner: R, limit: u64) -> Self {
         let buffer = vec![0; BUFFER].into_boxed_slice();
-        Self { inner, hash: Sha256::new(), buffer, start: 0, end: 0, allowed: limit, limit }
+        Self {
+            inner,
+            hash: Sha256::new(),
+            buffer,
+            start: 0,
+            end: 0,
+            allowed: limit,
+            limit,
+        }
     }
 
     /// The digest of all that was read from `inner`.

@@ -78,16 +78,27 @@ pub(crate) fn convert(
     let mut data = Some(data);
     let mut unpack = |tar: &mut dyn BufRead| {
         // decompressed() calls this once.
-        let Some(data) = data.take() else { return Ok(()) };
+        let Some(data) = data.take() else {
+            return Ok(());
+        };
         let data = unpack::unpack(tar, &mut tree, data, limits)?;
-        erofs::finish(&tree, data).map_err(LayerError::Write).map(drop)
+        erofs::finish(&tree, data)
+            .map_err(LayerError::Write)
+            .map(drop)
     };
     let actual = decompressed(blob, limits.max_layer_bytes, &mut unpack)?;
     if actual != *diff_id {
-        return Err(LayerError::DiffId { expected: diff_id.clone(), actual });
+        return Err(LayerError::DiffId {
+            expected: diff_id.clone(),
+            actual,
+        });
     }
     let metadata = sync(file.as_file()).map_err(LayerError::Write)?;
-    Ok(NewLayer { file, length: metadata.len(), disk_bytes: metadata.blocks() * 512 })
+    Ok(NewLayer {
+        file,
+        length: metadata.len(),
+        disk_bytes: metadata.blocks() * 512,
+    })
 }
 
 /// Gives `use_tar` the decompressed blob, then reads the rest of both streams, so that both digests are of all the bytes.
@@ -104,7 +115,8 @@ fn decompressed(
         Compression::None => Box::new(&mut blob),
         Compression::Gzip => Box::new(MultiGzDecoder::new(&mut blob)),
         Compression::Zstd => {
-            let decoder = zstd::stream::read::Decoder::with_buffer(&mut blob).map_err(LayerError::Decompress)?;
+            let decoder = zstd::stream::read::Decoder::with_buffer(&mut blob)
+                .map_err(LayerError::Decompress)?;
             Box::new(decoder)
         }
     };

@@ -42,7 +42,11 @@ struct Unpack<'a> {
 }
 
 impl Unpack<'_> {
-    fn entry(&mut self, tar: &mut TarReader<&mut dyn BufRead>, entry: Entry) -> Result<(), LayerError> {
+    fn entry(
+        &mut self,
+        tar: &mut TarReader<&mut dyn BufRead>,
+        entry: Entry,
+    ) -> Result<(), LayerError> {
         self.check_length("path", &entry.path, &entry.path)?;
         let Some((parent, name)) = self.tree.parent(&entry.path)? else {
             // The root itself. It is there already and cannot become anything else.
@@ -68,7 +72,9 @@ impl Unpack<'_> {
         let node = match entry.kind {
             Kind::HardLink { target } => {
                 self.check_length("target", &target, &entry.path)?;
-                let missing = || crate::erofs::TreeError::NoTarget(String::from_utf8_lossy(name).into_owned());
+                let missing = || {
+                    crate::erofs::TreeError::NoTarget(String::from_utf8_lossy(name).into_owned())
+                };
                 let inode = self.tree.lookup(&target)?.ok_or_else(missing)?;
                 return Ok(self.tree.link(parent, name, inode)?);
             }
@@ -106,27 +112,45 @@ impl Unpack<'_> {
             // What this layer has there hides the lower one, but a directory would be merged with it.
             Some(present) => self.tree.set_opaque(present),
             None => {
-                let attributes = Attributes { mtime: entry.mtime, ..Attributes::default() };
-                self.tree.insert(parent, name, attributes, Node::CharDevice { major: 0, minor: 0 })?;
+                let attributes = Attributes {
+                    mtime: entry.mtime,
+                    ..Attributes::default()
+                };
+                self.tree.insert(
+                    parent,
+                    name,
+                    attributes,
+                    Node::CharDevice { major: 0, minor: 0 },
+                )?;
             }
         }
         Ok(())
     }
 
     /// Copies a file's data to the image.
-    fn file(&mut self, tar: &mut TarReader<&mut dyn BufRead>, size: u64) -> Result<Node, LayerError> {
+    fn file(
+        &mut self,
+        tar: &mut TarReader<&mut dyn BufRead>,
+        size: u64,
+    ) -> Result<Node, LayerError> {
         let position = self.data.position();
-        let end = size.checked_next_multiple_of(BLOCK).and_then(|size| position.checked_add(size));
+        let end = size
+            .checked_next_multiple_of(BLOCK)
+            .and_then(|size| position.checked_add(size));
         if end.is_none_or(|end| end > self.limits.max_layer_bytes) {
             return Err(LayerError::TooLarge(self.limits.max_layer_bytes));
         }
         let data = &mut self.data;
         tar.data(|offset, piece| {
             let hole = position + offset - data.position();
-            data.write_zeroes(hole).and_then(|()| data.write(piece)).map_err(LayerError::Write)
+            data.write_zeroes(hole)
+                .and_then(|()| data.write(piece))
+                .map_err(LayerError::Write)
         })?;
         let hole = position + size - data.position();
-        data.write_zeroes(hole).and_then(|()| data.pad()).map_err(LayerError::Write)?;
+        data.write_zeroes(hole)
+            .and_then(|()| data.pad())
+            .map_err(LayerError::Write)?;
         Ok(Node::File { position, size })
     }
 
@@ -138,19 +162,42 @@ impl Unpack<'_> {
             }
         }
         let path = || String::from_utf8_lossy(&entry.path).into_owned();
-        let bytes: usize = xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let bytes: usize = xattrs
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
         if bytes > self.limits.max_xattr_bytes {
-            return Err(LayerError::TooLong { what: "extended attributes", path: path() });
+            return Err(LayerError::TooLong {
+                what: "extended attributes",
+                path: path(),
+            });
         }
-        let xattrs = Xattrs::new(xattrs).map_err(|source| LayerError::Xattr { path: path(), source })?;
-        Ok(Attributes { mode: entry.mode, uid: entry.uid, gid: entry.gid, mtime: entry.mtime, xattrs })
+        let xattrs = Xattrs::new(xattrs).map_err(|source| LayerError::Xattr {
+            path: path(),
+            source,
+        })?;
+        Ok(Attributes {
+            mode: entry.mode,
+            uid: entry.uid,
+            gid: entry.gid,
+            mtime: entry.mtime,
+            xattrs,
+        })
     }
 
-    fn check_length(&self, what: &'static str, value: &[u8], path: &[u8]) -> Result<(), LayerError> {
+    fn check_length(
+        &self,
+        what: &'static str,
+        value: &[u8],
+        path: &[u8],
+    ) -> Result<(), LayerError> {
         if value.len() < self.limits.max_path_bytes {
             return Ok(());
         }
         let shown = &path[..path.len().min(200)];
-        Err(LayerError::TooLong { what, path: String::from_utf8_lossy(shown).into_owned() })
+        Err(LayerError::TooLong {
+            what,
+            path: String::from_utf8_lossy(shown).into_owned(),
+        })
     }
 }

@@ -32,7 +32,13 @@ impl RawHeader {
         let stored = number(&block[148..156]).ok_or(TarError::Checksum { at })?;
         let checksum_field = 148..156;
         let bytes = || {
-            block.iter().enumerate().map(|(i, byte)| if checksum_field.contains(&i) { b' ' } else { *byte })
+            block.iter().enumerate().map(|(i, byte)| {
+                if checksum_field.contains(&i) {
+                    b' '
+                } else {
+                    *byte
+                }
+            })
         };
         let unsigned: i64 = bytes().map(i64::from).sum();
         // Some old writers added up signed characters.
@@ -46,7 +52,12 @@ impl RawHeader {
             (b"ustar ", b" \0") => Format::Gnu,
             _ => Format::V7,
         };
-        Ok(Self { block, at, format, flag: block[156] })
+        Ok(Self {
+            block,
+            at,
+            format,
+            flag: block[156],
+        })
     }
 
     pub(super) fn path(&self) -> Vec<u8> {
@@ -56,7 +67,11 @@ impl RawHeader {
             Format::Star => until_nul(&self.block[345..476]),
             Format::V7 | Format::Gnu => &[],
         };
-        if prefix.is_empty() { name.to_vec() } else { [prefix, b"/", name].concat() }
+        if prefix.is_empty() {
+            name.to_vec()
+        } else {
+            [prefix, b"/", name].concat()
+        }
     }
 
     pub(super) fn link_name(&self) -> Vec<u8> {
@@ -112,7 +127,9 @@ impl RawHeader {
     }
 
     fn unsigned<T: TryFrom<i64>>(&self, field: &[u8], what: &'static str) -> Result<T, TarError> {
-        number(field).and_then(|value| T::try_from(value).ok()).ok_or(self.invalid(what))
+        number(field)
+            .and_then(|value| T::try_from(value).ok())
+            .ok_or(self.invalid(what))
     }
 
     fn invalid(&self, what: &'static str) -> TarError {
@@ -121,7 +138,11 @@ impl RawHeader {
 }
 
 /// Descriptors of a block that follows a GNU sparse header; whether yet another block follows.
-pub(super) fn extended_segments(block: &Block, at: u64, segments: &mut Vec<Segment>) -> Result<bool, TarError> {
+pub(super) fn extended_segments(
+    block: &Block,
+    at: u64,
+    segments: &mut Vec<Segment>,
+) -> Result<bool, TarError> {
     descriptors(&block[..SEGMENTS_PER_BLOCK * 24], at, segments)?;
     Ok(block[504] != 0)
 }
@@ -134,7 +155,10 @@ fn descriptors(field: &[u8], at: u64, segments: &mut Vec<Segment>) -> Result<(),
         }
         let value = |field| number(field).and_then(|value| u64::try_from(value).ok());
         let (Some(offset), Some(length)) = (value(offset), value(length)) else {
-            return Err(TarError::Header { at, what: "sparse map" });
+            return Err(TarError::Header {
+                at,
+                what: "sparse map",
+            });
         };
         sparse::push(segments, Segment { offset, length }, at)?;
     }
@@ -147,20 +171,29 @@ fn number(field: &[u8]) -> Option<i64> {
     if first & 0x80 != 0 {
         // The marker bit is not part of the number; the next one is its sign.
         let negative = first & 0x40 != 0;
-        let mut value: i128 = if negative { i128::from(first) - 0x100 } else { i128::from(first & 0x7f) };
+        let mut value: i128 = if negative {
+            i128::from(first) - 0x100
+        } else {
+            i128::from(first & 0x7f)
+        };
         for byte in rest {
             value = value.checked_mul(256)?.checked_add(i128::from(*byte))?;
         }
         return i64::try_from(value).ok();
     }
     let is_padding = |byte: &u8| *byte == b' ' || *byte == 0;
-    let start = field.iter().position(|byte| !is_padding(byte)).unwrap_or(field.len());
+    let start = field
+        .iter()
+        .position(|byte| !is_padding(byte))
+        .unwrap_or(field.len());
     let digits = &field[start..];
     let end = digits.iter().position(is_padding).unwrap_or(digits.len());
-    digits[..end].iter().try_fold(0i64, |value, digit| match digit {
-        b'0'..=b'7' => value.checked_mul(8)?.checked_add(i64::from(digit - b'0')),
-        _ => None,
-    })
+    digits[..end]
+        .iter()
+        .try_fold(0i64, |value, digit| match digit {
+            b'0'..=b'7' => value.checked_mul(8)?.checked_add(i64::from(digit - b'0')),
+            _ => None,
+        })
 }
 
 #[cfg(test)]
@@ -174,9 +207,22 @@ mod tests {
         assert_eq!(number(b"\0\0\0\0\0\0\0\0"), Some(0));
         assert_eq!(number(b"00000009"), None);
         assert_eq!(number(b"777777777777"), Some(0o777_777_777_777));
-        assert_eq!(number(&[0x80, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]), Some(1 << 32));
+        assert_eq!(
+            number(&[0x80, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]),
+            Some(1 << 32)
+        );
         assert_eq!(number(&[0xff; 12]), Some(-1));
-        assert_eq!(number(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xfe]), Some(-2));
-        assert_eq!(number(&[0xbf, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]), None);
+        assert_eq!(
+            number(&[
+                0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xfe
+            ]),
+            Some(-2)
+        );
+        assert_eq!(
+            number(&[
+                0xbf, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff
+            ]),
+            None
+        );
     }
 }

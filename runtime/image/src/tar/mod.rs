@@ -66,12 +66,24 @@ pub(crate) struct Entry {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// A regular file of this logical size. Its data comes from [`TarReader::data`].
-    File { size: u64 },
+    File {
+        size: u64,
+    },
     /// Another name of an entry before it.
-    HardLink { target: Vec<u8> },
-    Symlink { target: Vec<u8> },
-    CharDevice { major: u32, minor: u32 },
-    BlockDevice { major: u32, minor: u32 },
+    HardLink {
+        target: Vec<u8>,
+    },
+    Symlink {
+        target: Vec<u8>,
+    },
+    CharDevice {
+        major: u32,
+        minor: u32,
+    },
+    BlockDevice {
+        major: u32,
+        minor: u32,
+    },
     Directory,
     Fifo,
 }
@@ -106,12 +118,13 @@ struct Pending {
 
 impl<R: BufRead> TarReader<R> {
     pub(crate) fn new(input: R) -> Self {
-        Self { input, at: 0, data_left: 0, padding: 0, segments: Vec::new() }
-    }
-
-    /// The stream, at the end of the archive.
-    pub(crate) fn into_inner(self) -> R {
-        self.input
+        Self {
+            input,
+            at: 0,
+            data_left: 0,
+            padding: 0,
+            segments: Vec::new(),
+        }
     }
 
     /// The next entry; what is left of the one before is skipped. `None` at the end of the archive.
@@ -135,7 +148,10 @@ impl<R: BufRead> TarReader<R> {
                 _ => return self.entry(&header, pending).map(Some),
             }
         }
-        Err(TarError::TooLarge { at: self.at, what: "chain of extended headers" })
+        Err(TarError::TooLarge {
+            at: self.at,
+            what: "chain of extended headers",
+        })
     }
 
     /// Gives the current file's data to `sink`, piece by piece with each piece's offset in the file. Offsets grow;
@@ -166,12 +182,19 @@ impl<R: BufRead> TarReader<R> {
 
     fn entry(&mut self, header: &RawHeader, pending: Pending) -> Result<Entry, TarError> {
         let at = header.at;
-        let Pending { pax, long_name, long_link } = pending;
+        let Pending {
+            pax,
+            long_name,
+            long_link,
+        } = pending;
         let path = pax.path.or(long_name).unwrap_or_else(|| header.path());
         if path.is_empty() || path.contains(&0) {
             return Err(TarError::Header { at, what: "path" });
         }
-        let target = pax.linkpath.or(long_link).unwrap_or_else(|| header.link_name());
+        let target = pax
+            .linkpath
+            .or(long_link)
+            .unwrap_or_else(|| header.link_name());
         let flag = match header.flag {
             // Before ustar, a slash at the end was all that made a directory.
             0 if path.ends_with(b"/") => b'5',
@@ -184,15 +207,27 @@ impl<R: BufRead> TarReader<R> {
                 Kind::File { size }
             }
             b'1' | b'2' if target.is_empty() || target.contains(&0) => {
-                return Err(TarError::Header { at, what: "link target" });
+                return Err(TarError::Header {
+                    at,
+                    what: "link target",
+                });
             }
             b'1' => Kind::HardLink { target },
             b'2' => Kind::Symlink { target },
-            b'3' => header.device().map(|(major, minor)| Kind::CharDevice { major, minor })?,
-            b'4' => header.device().map(|(major, minor)| Kind::BlockDevice { major, minor })?,
+            b'3' => header
+                .device()
+                .map(|(major, minor)| Kind::CharDevice { major, minor })?,
+            b'4' => header
+                .device()
+                .map(|(major, minor)| Kind::BlockDevice { major, minor })?,
             b'5' => Kind::Directory,
             b'6' => Kind::Fifo,
-            flag => return Err(TarError::UnknownType { at, flag: char::from(flag) }),
+            flag => {
+                return Err(TarError::UnknownType {
+                    at,
+                    flag: char::from(flag),
+                });
+            }
         };
         Ok(Entry {
             path: pax.sparse.name.unwrap_or(path),
@@ -206,7 +241,12 @@ impl<R: BufRead> TarReader<R> {
     }
 
     /// Prepares reading of a file's data: `stored` bytes in the archive. Returns the file's logical size.
-    fn begin_data(&mut self, header: &RawHeader, stored: u64, map: &pax::SparseKeys) -> Result<u64, TarError> {
+    fn begin_data(
+        &mut self,
+        header: &RawHeader,
+        stored: u64,
+        map: &pax::SparseKeys,
+    ) -> Result<u64, TarError> {
         let at = header.at;
         let stored_end = stored.checked_next_multiple_of(BLOCK as u64);
         let stored_end = stored_end.ok_or(TarError::Header { at, what: "size" })?;
@@ -214,7 +254,10 @@ impl<R: BufRead> TarReader<R> {
         self.padding = stored_end - stored;
         let (size, segments) = if header.flag == b'S' {
             if header.format != Format::Gnu {
-                return Err(TarError::Header { at, what: "sparse file" });
+                return Err(TarError::Header {
+                    at,
+                    what: "sparse file",
+                });
             }
             let (mut segments, more) = header.sparse_segments()?;
             if more {
@@ -223,19 +266,44 @@ impl<R: BufRead> TarReader<R> {
             (header.sparse_size()?, segments)
         } else if map.is_version_1() {
             let segments = self.sparse_map_in_data(at)?;
-            (map.size.ok_or(TarError::Header { at, what: "sparse size" })?, segments)
+            (
+                map.size.ok_or(TarError::Header {
+                    at,
+                    what: "sparse size",
+                })?,
+                segments,
+            )
         } else if let Some(segments) = map.segments(at)? {
-            (map.size.ok_or(TarError::Header { at, what: "sparse size" })?, segments)
+            (
+                map.size.ok_or(TarError::Header {
+                    at,
+                    what: "sparse size",
+                })?,
+                segments,
+            )
         } else {
-            (stored, vec![Segment { offset: 0, length: stored }])
+            (
+                stored,
+                vec![Segment {
+                    offset: 0,
+                    length: stored,
+                }],
+            )
         };
-        sparse::check(&segments, size, self.data_left).ok_or(TarError::Header { at, what: "sparse map" })?;
+        sparse::check(&segments, size, self.data_left).ok_or(TarError::Header {
+            at,
+            what: "sparse map",
+        })?;
         self.segments = segments;
         Ok(size)
     }
 
     /// GNU's old format: more of the map in blocks that follow the header.
-    fn extended_sparse_headers(&mut self, at: u64, segments: &mut Vec<Segment>) -> Result<(), TarError> {
+    fn extended_sparse_headers(
+        &mut self,
+        at: u64,
+        segments: &mut Vec<Segment>,
+    ) -> Result<(), TarError> {
         // Counted in blocks too: a block may be empty and still announce another.
         for _ in 0..=sparse::MAX_SEGMENTS / header::SEGMENTS_PER_BLOCK {
             let block = self.block()?;
@@ -243,7 +311,10 @@ impl<R: BufRead> TarReader<R> {
                 return Ok(());
             }
         }
-        Err(TarError::TooLarge { at, what: "sparse map" })
+        Err(TarError::TooLarge {
+            at,
+            what: "sparse map",
+        })
     }
 
     /// Pax sparse format 1.0: the map is decimal lines in front of the data, padded to a block.
@@ -251,7 +322,10 @@ impl<R: BufRead> TarReader<R> {
         let mut map = sparse::MapParser::default();
         loop {
             let left = self.data_left.checked_sub(BLOCK as u64);
-            self.data_left = left.ok_or(TarError::Header { at, what: "sparse map" })?;
+            self.data_left = left.ok_or(TarError::Header {
+                at,
+                what: "sparse map",
+            })?;
             let block = self.block()?;
             if let Some(segments) = map.feed(&block, at)? {
                 return Ok(segments);
@@ -273,7 +347,10 @@ impl<R: BufRead> TarReader<R> {
         }
         let start = self.at;
         if self.block()?.iter().any(|byte| *byte != 0) {
-            return Err(TarError::Header { at: start, what: "end of archive" });
+            return Err(TarError::Header {
+                at: start,
+                what: "end of archive",
+            });
         }
         Ok(None)
     }
@@ -288,7 +365,10 @@ impl<R: BufRead> TarReader<R> {
     fn special(&mut self, header: &RawHeader) -> Result<Vec<u8>, TarError> {
         let size = header.size()?;
         if size > MAX_SPECIAL {
-            return Err(TarError::TooLarge { at: header.at, what: "extended header" });
+            return Err(TarError::TooLarge {
+                at: header.at,
+                what: "extended header",
+            });
         }
         let mut content = vec![0; (size as usize).next_multiple_of(BLOCK)];
         self.read_exact(&mut content)?;
@@ -297,10 +377,12 @@ impl<R: BufRead> TarReader<R> {
     }
 
     fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), TarError> {
-        self.input.read_exact(buffer).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => TarError::Truncated { at: self.at },
-            _ => TarError::Input(error),
-        })?;
+        self.input
+            .read_exact(buffer)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => TarError::Truncated { at: self.at },
+                _ => TarError::Input(error),
+            })?;
         self.at += buffer.len() as u64;
         Ok(())
     }
@@ -309,7 +391,8 @@ impl<R: BufRead> TarReader<R> {
         let skip = self.data_left + self.padding;
         (self.data_left, self.padding) = (0, 0);
         self.segments.clear();
-        let skipped = io::copy(&mut self.input.by_ref().take(skip), &mut io::sink()).map_err(TarError::Input)?;
+        let skipped = io::copy(&mut self.input.by_ref().take(skip), &mut io::sink())
+            .map_err(TarError::Input)?;
         self.at += skipped;
         if skipped < skip {
             return Err(TarError::Truncated { at: self.at });

@@ -56,9 +56,15 @@ impl Pax {
             b"uid" => self.uid = optional(value).ok_or(invalid("uid"))?,
             b"gid" => self.gid = optional(value).ok_or(invalid("gid"))?,
             b"mtime" if some => self.mtime = Some(time(value).ok_or(invalid("modification time"))?),
-            b"GNU.sparse.name" => self.sparse.name = (some && !value.contains(&0)).then(|| value.to_vec()),
-            b"GNU.sparse.major" => self.sparse.major = optional(value).ok_or(invalid("sparse version"))?,
-            b"GNU.sparse.minor" => self.sparse.minor = optional(value).ok_or(invalid("sparse version"))?,
+            b"GNU.sparse.name" => {
+                self.sparse.name = (some && !value.contains(&0)).then(|| value.to_vec())
+            }
+            b"GNU.sparse.major" => {
+                self.sparse.major = optional(value).ok_or(invalid("sparse version"))?
+            }
+            b"GNU.sparse.minor" => {
+                self.sparse.minor = optional(value).ok_or(invalid("sparse version"))?
+            }
             b"GNU.sparse.size" | b"GNU.sparse.realsize" => {
                 self.sparse.size = optional(value).ok_or(invalid("sparse size"))?;
             }
@@ -74,7 +80,9 @@ impl Pax {
                 self.sparse.has_map = true;
                 self.sparse.numbers.clear();
                 if some {
-                    value.split(|byte| *byte == b',').try_for_each(|number| self.sparse.push(number, at))?;
+                    value
+                        .split(|byte| *byte == b',')
+                        .try_for_each(|number| self.sparse.push(number, at))?;
                 }
             }
             _ => {}
@@ -95,7 +103,10 @@ impl SparseKeys {
         }
         let (pairs, odd) = self.numbers.as_chunks::<2>();
         if !odd.is_empty() {
-            return Err(TarError::Header { at, what: "sparse map" });
+            return Err(TarError::Header {
+                at,
+                what: "sparse map",
+            });
         }
         let mut segments = Vec::with_capacity(pairs.len());
         for &[offset, length] in pairs {
@@ -106,9 +117,15 @@ impl SparseKeys {
 
     fn push(&mut self, value: &[u8], at: u64) -> Result<(), TarError> {
         if self.numbers.len() >= 2 * MAX_SEGMENTS {
-            return Err(TarError::TooLarge { at, what: "sparse map" });
+            return Err(TarError::TooLarge {
+                at,
+                what: "sparse map",
+            });
         }
-        self.numbers.push(decimal(value).ok_or(TarError::Header { at, what: "sparse map" })?);
+        self.numbers.push(decimal(value).ok_or(TarError::Header {
+            at,
+            what: "sparse map",
+        })?);
         Ok(())
     }
 }
@@ -135,7 +152,11 @@ pub(super) fn decimal<T: std::str::FromStr>(digits: &[u8]) -> Option<T> {
 }
 
 fn optional<T: std::str::FromStr>(value: &[u8]) -> Option<Option<T>> {
-    if value.is_empty() { Some(None) } else { decimal(value).map(Some) }
+    if value.is_empty() {
+        Some(None)
+    } else {
+        decimal(value).map(Some)
+    }
 }
 
 /// `-?SECONDS[.FRACTION]`; digits beyond nanoseconds are cut.
@@ -154,8 +175,14 @@ fn time(value: &[u8]) -> Option<Mtime> {
     let nanos = (0..9).fold(0, |nanos, i| nanos * 10 + digit(i));
     Some(match (negative, nanos) {
         (false, nanos) => Mtime { seconds, nanos },
-        (true, 0) => Mtime { seconds: -seconds, nanos: 0 },
-        (true, nanos) => Mtime { seconds: -seconds - 1, nanos: 1_000_000_000 - nanos },
+        (true, 0) => Mtime {
+            seconds: -seconds,
+            nanos: 0,
+        },
+        (true, nanos) => Mtime {
+            seconds: -seconds - 1,
+            nanos: 1_000_000_000 - nanos,
+        },
     })
 }
 
@@ -169,19 +196,43 @@ mod tests {
 
     #[test]
     fn records() {
-        let pax = parse(b"12 path=a/b\n30 SCHILY.xattr.user.x=a\0=\nb\n20 mtime=-1.5000001\n").unwrap();
+        let pax =
+            parse(b"12 path=a/b\n30 SCHILY.xattr.user.x=a\0=\nb\n20 mtime=-1.5000001\n").unwrap();
         assert_eq!(pax.path.as_deref(), Some(&b"a/b"[..]));
         assert_eq!(pax.xattrs, [(b"user.x".to_vec(), b"a\0=\nb".to_vec())]);
-        assert_eq!(pax.mtime, Some(Mtime { seconds: -2, nanos: 499_999_900 }));
+        assert_eq!(
+            pax.mtime,
+            Some(Mtime {
+                seconds: -2,
+                nanos: 499_999_900
+            })
+        );
     }
 
     #[test]
     fn malformed_records_are_errors() {
         for records in [
-            &b"x"[..], b"5", b"99 path=a\n", b"7 path=a\n", b"8 path=\n", b"0 a=b\n", b"-1 a=b\n", b"+6 a=b\n", b"4 =\n",
-            b"9 size=-\n", b"9 size=-1\n", b"18446744073709551616 a=b\n", b"14 uid=4294967296\n", b"3 \n", b"2 \n",
+            &b"x"[..],
+            b"5",
+            b"99 path=a\n",
+            b"7 path=a\n",
+            b"8 path=\n",
+            b"0 a=b\n",
+            b"-1 a=b\n",
+            b"+6 a=b\n",
+            b"4 =\n",
+            b"9 size=-\n",
+            b"9 size=-1\n",
+            b"18446744073709551616 a=b\n",
+            b"14 uid=4294967296\n",
+            b"3 \n",
+            b"2 \n",
         ] {
-            assert!(parse(records).is_err(), "{:?}", String::from_utf8_lossy(records));
+            assert!(
+                parse(records).is_err(),
+                "{:?}",
+                String::from_utf8_lossy(records)
+            );
         }
     }
 }

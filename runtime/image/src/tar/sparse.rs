@@ -17,7 +17,10 @@ pub(crate) struct Segment {
 
 pub(super) fn push(segments: &mut Vec<Segment>, segment: Segment, at: u64) -> Result<(), TarError> {
     if segments.len() >= MAX_SEGMENTS {
-        return Err(TarError::TooLarge { at, what: "sparse map" });
+        return Err(TarError::TooLarge {
+            at,
+            what: "sparse map",
+        });
     }
     segments.push(segment);
     Ok(())
@@ -49,7 +52,10 @@ pub(super) struct MapParser {
 impl MapParser {
     /// Takes the next block; the map when it is complete. The rest of that block is padding.
     pub(super) fn feed(&mut self, block: &[u8], at: u64) -> Result<Option<Vec<Segment>>, TarError> {
-        let invalid = TarError::Header { at, what: "sparse map" };
+        let invalid = TarError::Header {
+            at,
+            what: "sparse map",
+        };
         for byte in block {
             if *byte != b'\n' {
                 if self.line.len() == MAX_DIGITS {
@@ -64,7 +70,10 @@ impl MapParser {
             self.line.clear();
             match (self.wanted, self.offset.take()) {
                 (None, _) if number > MAX_SEGMENTS as u64 => {
-                    return Err(TarError::TooLarge { at, what: "sparse map" });
+                    return Err(TarError::TooLarge {
+                        at,
+                        what: "sparse map",
+                    });
                 }
                 (None, _) => self.wanted = Some(2 * number),
                 (Some(wanted), None) => {
@@ -72,7 +81,10 @@ impl MapParser {
                     self.wanted = Some(wanted - 1);
                 }
                 (Some(wanted), Some(offset)) => {
-                    self.segments.push(Segment { offset, length: number });
+                    self.segments.push(Segment {
+                        offset,
+                        length: number,
+                    });
                     self.wanted = Some(wanted - 1);
                 }
             }
