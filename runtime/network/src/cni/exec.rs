@@ -267,3 +267,189 @@ impl Output {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::path::PathBuf;
+    use std::time::Instant;
+
+    /// Longer than any of these plugins needs, so a test that waits for it has failed.
+    const LONG: Duration = Duration::from_secs(60);
+
+    struct Script {
+        dir: tempfile::TempDir,
+        program: PathBuf,
+    }
+
+    impl Script {
+        /// Written by a process of its own: were the file ever open for writing here, a fork of
+        /// another test's thread could inherit it, and the kernel refuses to run a file that
+        /// somebody may write.
+        fn new(body: &str) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let program = dir.path().join("plugin");
+            let text = format!("#!/bin/sh\ncd {}\n{body}\n", dir.path().display());
+            let written = std::process::Command::new("/bin/sh")
+                .args([
+                    "-c",
+                    r#"printf %s "$1" > "$2" && chmod 755 "$2""#,
+                    "sh",
+                    &text,
+                ])
+                .arg(&program)
+                .status();
+            assert!(written.unwrap().success());
+            Self { dir, program }
+        }
+
+        fn call(&self, timeout: Duration) -> Call<'_> {
+            Call {
+                program: &self.program,
+                verb: Verb::Add,
+                container_id: "id",
+                netns: OsStr::new("/run/n"),
+                interface: "eth0",
+                args: "IgnoreUnknown=1",
+                plugin_path: OsStr::new("/plugins"),
+                timeout,
+            }
+        }
+
+        async fn run(&self, config: &[u8]) -> Result<String, Failure> {
+            let stdout = run(&self.call(LONG), config, pending()).await?;
+            Ok(String::from_utf8(stdout).unwrap())
+        }
+
+        /// The pid that the script wrote as soon as it is there.
+        async fn pid(&self, name: &str) -> i32 {
+            let path = self.dir.path().join(name);
+            let started = Instant::now();
+            loop {
+                match fs::read_to_string(&path)
+                    .ok()
+                    .and_then(|t| t.trim().parse().ok())
+                {
+                    Some(pid) => return pid,
+                    None if started.elapsed() > LONG => panic!("no {name}"),
+                    None => tokio::time::sleep(Duration::from_millis(1)).await,
+                }
+            }
+        }
+    }
+
+    /// Not running any more; it may still be a zombie that waits for its parent.
+    fn is_dead(pid: i32) -> bool {
+        fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+    }
+
+    async fn wait_dead(pid: i32) {
+        let started = Instant::now();
+        while !is_dead(pid) {
+            assert!(started.elapsed() < LONG, "{pid} lives");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn parameters_and_configuration_arrive() {
+        let script = Script::new(
+            r#"echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_NETNS $CNI_IFNAME $CNI_ARGS $CNI_PATH"; cat; echo noise >&2"#,
+        );
+        // More than a pipe holds.
+        let config = "x".repeat(3 * PIPE_BYTES);
+        let answer = script.run(config.as_bytes()).await.unwrap();
+        let (parameters, echoed) = answer.split_once('\n').unwrap();
+        assert_eq!(parameters, "ADD id /run/n eth0 IgnoreUnknown=1 /plugins");
+        assert!(echoed == config);
+    }
+
+    #[tokio::test]
+    async fn a_plugin_need_not_read_its_configuration() {
+        let script = Script::new("echo '{}'");
+        let config = vec![b'x'; 3 * PIPE_BYTES];
+        assert_eq!(script.run(&config).await.unwrap(), "{}\n");
+    }
+
+    #[tokio::test]
+    async fn refusals_and_crashes() {
+        let refused = |code, message: &str| Failure::Refused {
+            code,
+            message: message.into(),
+        };
+        let broken = |message: &str| Failure::Broken(message.into());
+        for (body, failure) in [
+            (
+                r#"echo '{"code":11,"msg":"try again"}'; exit 1"#,
+                refused(11, "try again"),
+            ),
+            (
+                r#"echo '{"code":7,"msg":"no","details":"at all"}'; exit 2"#,
+                refused(7, "no; at all"),
+            ),
+            ("echo text; exit 3", broken("exit status: 3: text")),
+            (
+                "echo out; echo ' why ' >&2; exit 3",
+                broken("exit status: 3: why"),
+            ),
+            ("exit 4", broken("exit status: 4, without a word")),
+            ("kill -9 $$", broken("signal: 9 (SIGKILL), without a word")),
+        ] {
+            assert_eq!(Script::new(body).run(b"").await, Err(failure), "{body}");
+        }
+        let mut script = Script::new("");
+        script.program = "/nonexistent/plugin".into();
+        assert!(matches!(script.run(b"").await, Err(Failure::Broken(_))));
+    }
+
+    #[tokio::test]
+    async fn only_the_end_of_stderr_is_kept() {
+        let script =
+            Script::new("head -c 1000000 /dev/zero | tr '\\0' a >&2; echo the end >&2; exit 1");
+        let Err(Failure::Broken(message)) = script.run(b"").await else {
+            panic!()
+        };
+        assert!(message.len() < 2 * MAX_STDERR_BYTES && message.ends_with("the end"));
+    }
+
+    #[tokio::test]
+    async fn endless_output_ends_the_plugin() {
+        let script = Script::new("echo $$ > self; exec cat /dev/zero");
+        let failure = script.run(b"").await.unwrap_err();
+        assert!(
+            matches!(&failure, Failure::Broken(m) if m.contains("wrote more")),
+            "{failure:?}"
+        );
+        assert!(is_dead(script.pid("self").await));
+    }
+
+    #[tokio::test]
+    async fn time_is_up_for_the_whole_group() {
+        let script = Script::new("sleep 1000 & echo $! > child; echo $$ > self; wait");
+        let ended = run(&script.call(Duration::from_secs(3)), b"", pending()).await;
+        assert_eq!(ended, Err(Failure::Timeout));
+        assert!(is_dead(script.pid("self").await));
+        wait_dead(script.pid("child").await).await;
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_any_more() {
+        let script = Script::new("echo $$ > self; sleep 1000");
+        let cancelled = async {
+            script.pid("self").await;
+        };
+        let ended = run(&script.call(LONG), b"", cancelled).await;
+        assert_eq!(ended, Err(Failure::Cancelled));
+        assert!(is_dead(script.pid("self").await));
+    }
+
+    #[tokio::test]
+    async fn a_daemon_left_behind_is_not_waited_for() {
+        let script = Script::new("sleep 1000 & echo $! > daemon; echo '{}'");
+        assert_eq!(script.run(b"").await.unwrap(), "{}\n");
+        let daemon = script.pid("daemon").await;
+        assert!(!is_dead(daemon));
+        nix::sys::signal::kill(Pid::from_raw(daemon), Signal::SIGKILL).unwrap();
+    }
+}
