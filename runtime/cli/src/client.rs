@@ -18,16 +18,16 @@ use tonic::{Code, Request, Status};
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
 /// What an ordinary call may take: the kubelet's `--runtime-request-timeout`.
-pub const CALL: Duration = Duration::from_secs(120);
+pub const CALL: Duration = Duration::from_mins(2);
 /// What `RunPodSandbox` may take: the kubelet gives it twice the ordinary time.
-pub const RUN_POD_SANDBOX: Duration = Duration::from_secs(240);
+pub const RUN_POD_SANDBOX: Duration = Duration::from_mins(4);
 
 /// Why podvisord or a monitor did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No socket.
     #[error(
-        "podvisord is not running: there is no {}. Start it as root (`podvisord`, or `systemctl start podvisord`), \
+        "podvisord is not running: there is no {}. Start it as root (`podvisord`), \
          or name its socket with --socket or --run-dir",
         .0.display()
     )]

@@ -54,6 +54,8 @@ pub type Output = Vec<(Stream, Vec<u8>)>;
 #[derive(Debug, Default)]
 pub struct RecordParser {
     header: Vec<u8>,
+    /// Spaces in `header`.
+    spaces: u8,
     /// Where the content belongs and whether a line ends with it, once the header is complete.
     content: Option<(Stream, bool)>,
 }
@@ -86,11 +88,14 @@ impl RecordParser {
             if byte == b'\n' || self.header.len() == MAX_HEADER_BYTES {
                 return Err(self.malformed());
             }
-            let spaces = self.header.iter().filter(|&&byte| byte == b' ').count();
-            if byte == b' ' && spaces == 2 {
-                self.content = Some(self.parse_header()?);
-                self.header.clear();
-                return Ok(&bytes[index + 1..]);
+            if byte == b' ' {
+                self.spaces += 1;
+                if self.spaces == 3 {
+                    self.content = Some(self.parse_header()?);
+                    self.header.clear();
+                    self.spaces = 0;
+                    return Ok(&bytes[index + 1..]);
+                }
             }
             self.header.push(byte);
         }
@@ -375,13 +380,10 @@ mod tests {
         assert!(matches!(parse(&[&endless]), Err(LogError::Malformed(_))));
     }
 
+    type Outputs = (Vec<u8>, Vec<u8>);
+
     /// A follower at work: its end, and the outputs, once `finish` was sent.
-    fn start(
-        path: &Path,
-    ) -> (
-        oneshot::Sender<()>,
-        tokio::task::JoinHandle<(Vec<u8>, Vec<u8>)>,
-    ) {
+    fn start(path: &Path) -> (oneshot::Sender<()>, tokio::task::JoinHandle<Outputs>) {
         let (finish, finished) = oneshot::channel();
         let follower = Follower::new(path).unwrap();
         let task = tokio::spawn(async move {

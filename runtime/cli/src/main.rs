@@ -8,12 +8,14 @@
 //! | [`logs`]    | follows a CRI log file and gives back the bytes the container wrote        |
 //! | [`ps`]      | `podvisor ps`                                                              |
 //! | [`console`] | `podvisor console`: the guest's kernel log                                 |
+//! | [`check`]   | `podvisor check`: what this machine lacks to run pods                      |
 //! | [`inspect`] | `podvisor inspect`: what podvisord and the monitor know of a pod           |
 //! | [`text`]    | tables, colours, units, and guest text made safe for a terminal            |
 //!
 //! Only a container's bytes, a table or JSON go to standard output; everything said about them goes
 //! to standard error.
 
+mod check;
 mod client;
 mod console;
 mod inspect;
@@ -103,9 +105,11 @@ enum Output {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run a command in a new pod, show its output, remove the pod, exit with its exit code
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     /// List pods and their containers
     Ps,
+    /// Check whether this machine can run pods; exit code 1 when something needed is missing
+    Check,
     /// Show the kernel log of a pod's virtual machine
     Console(console::ConsoleArgs),
     /// Show everything known of a pod, as JSON
@@ -140,8 +144,9 @@ fn main() -> ExitCode {
 async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let context = &cli.global.context()?;
     match cli.command {
-        Command::Run(args) => run::run(context, args).await,
+        Command::Run(args) => Box::pin(run::run(context, *args)).await,
         Command::Ps => ps::ps(context).await.map(|()| ExitCode::SUCCESS),
+        Command::Check => check::check(context).await,
         Command::Console(args) => console::console(context, args)
             .await
             .map(|()| ExitCode::SUCCESS),

@@ -51,24 +51,19 @@ impl Table {
                     .unwrap_or(0)
             })
             .collect();
-        let mut text = String::new();
-        for row in &self.rows {
-            let mut line = String::new();
-            for (column, cell) in row.iter().enumerate() {
-                let width = widths[column];
-                if column > 0 {
-                    line.push_str("   ");
-                }
-                if self.right.get(column).copied().unwrap_or(false) {
-                    line.push_str(&format!("{cell:>width$}"));
-                } else {
-                    line.push_str(&format!("{cell:<width$}"));
-                }
+        let pad = |(column, cell): (usize, &String)| {
+            let width = widths[column];
+            if self.right.get(column).copied().unwrap_or(false) {
+                format!("{cell:>width$}")
+            } else {
+                format!("{cell:<width$}")
             }
-            text.push_str(line.trim_end());
-            text.push('\n');
-        }
-        text
+        };
+        self.rows
+            .iter()
+            .map(|row| row.iter().enumerate().map(pad).collect::<Vec<_>>())
+            .map(|cells| cells.join("   ").trim_end().to_owned() + "\n")
+            .collect()
     }
 }
 
@@ -92,7 +87,7 @@ fn largest_unit(duration: Duration) -> String {
     }
 }
 
-/// Terminal colours; `None` leaves the text alone.
+/// Terminal colours.
 #[derive(Debug, Clone, Copy)]
 pub enum Colour {
     /// Good.

@@ -37,7 +37,8 @@ pub async fn run(context: &Context, args: RunArgs) -> anyhow::Result<ExitCode> {
     let logs = tempfile::Builder::new().prefix("podvisor-run-").tempdir()?;
     let mut pod = Pod::new(daemon, context.config.run_dir.clone(), uid()?);
 
-    let result = session(&args, &image, &mut pod, logs.path(), &mut interrupts).await;
+    let session = session(&args, &image, &mut pod, logs.path(), &mut interrupts);
+    let result = Box::pin(session).await;
 
     if args.keep {
         eprintln!(
@@ -92,7 +93,8 @@ async fn start(args: &RunArgs, image: &str, pod: &mut Pod, logs: &Path) -> anyho
     // Before the first byte is written.
     let output = Follower::new(&log)?;
     let before_create = elapsed();
-    let container = pod.create(args.container_config(image), sandbox).await?;
+    let create = pod.create(args.container_config(image), sandbox);
+    let container = Box::pin(create).await?;
     let before_start = elapsed();
     if let Some(exit) = pod.start(&container).await? {
         return Ok(Started::Ended(exit));
@@ -100,12 +102,12 @@ async fn start(args: &RunArgs, image: &str, pod: &mut Pod, logs: &Path) -> anyho
     if args.timeline || !args.quiet {
         let mut phases = timeline::from_info(&pod.info().await?);
         phases.push(Phase {
-            phase: "create container".to_owned(),
+            name: "create container".to_owned(),
             start_ms: before_create,
             end_ms: before_start,
         });
         phases.push(Phase {
-            phase: "start container".to_owned(),
+            name: "start container".to_owned(),
             start_ms: before_start,
             end_ms: elapsed(),
         });

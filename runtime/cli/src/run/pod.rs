@@ -10,7 +10,7 @@ use super::args::RUN_LABEL;
 use crate::client::{self, ClientError, Daemon};
 
 /// What each call of the removal may take.
-const REMOVE: Duration = Duration::from_secs(60);
+const REMOVE: Duration = Duration::from_mins(1);
 /// What StopContainer may take beyond its grace, as the kubelet has it.
 const STOP: Duration = client::CALL;
 

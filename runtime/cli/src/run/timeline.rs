@@ -13,7 +13,8 @@ const BAR: f64 = 40.0;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Phase {
     /// Its name.
-    pub phase: String,
+    #[serde(rename = "phase")]
+    pub name: String,
     /// When it began.
     pub start_ms: f64,
     /// When it ended.
@@ -40,7 +41,7 @@ pub fn render(phases: &[Phase]) -> String {
     let mut table = Table::new(&["PHASE", ">START MS", ">MS", ""]);
     for phase in phases {
         table.row([
-            phase.phase.clone(),
+            phase.name.clone(),
             format!("{:.1}", phase.start_ms),
             format!("{:.1}", phase.duration_ms()),
             bar(phase, end),
