@@ -10,6 +10,7 @@ use podvisor_proto::control::control_client::ControlClient;
 use podvisor_proto::cri::image_service_client::ImageServiceClient;
 use podvisor_proto::cri::runtime_service_client::RuntimeServiceClient;
 use podvisor_proto::monitor::monitor_client::MonitorClient;
+use podvisor_proto::monitor::{Snapshot, WatchRequest};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
@@ -123,6 +124,24 @@ pub async fn monitor(
             },
         })?;
     Ok(MonitorClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES))
+}
+
+/// What the monitor of a pod knows now.
+pub async fn snapshot(run_dir: &Path, sandbox_id: &str) -> Result<Snapshot, ClientError> {
+    let mut monitor = monitor(run_dir, sandbox_id).await?;
+    let first = async {
+        let mut snapshots = monitor.watch(WatchRequest {}).await?.into_inner();
+        snapshots.message().await
+    };
+    let ended = || Status::unavailable("the monitor has ended");
+    match tokio::time::timeout(CALL, first).await {
+        Ok(Ok(Some(snapshot))) => Ok(snapshot),
+        Ok(Ok(None)) => Err(failed("Watch")(ended())),
+        Ok(Err(status)) => Err(failed("Watch")(status)),
+        Err(_) => Err(failed("Watch")(Status::deadline_exceeded(
+            "no answer in time",
+        ))),
+    }
 }
 
 /// A request with a deadline, which both sides keep.

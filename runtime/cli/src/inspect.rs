@@ -17,10 +17,11 @@ pub struct InspectArgs {
 pub async fn inspect(context: &Context, args: InspectArgs) -> anyhow::Result<()> {
     let run_dir = &context.config.run_dir;
     let id = pods::resolve(&context.socket, run_dir, &args.pod).await?;
+    let snapshot = client::snapshot(run_dir, &id).await;
     let document = json!({
         "id": id,
         "podvisord": or_error(status(context, &id).await),
-        "monitor": or_error(snapshot(context, &id).await),
+        "monitor": or_error(snapshot.map(|snapshot| snapshot_json(&snapshot))),
     });
     println!("{}", serde_json::to_string_pretty(&document)?);
     Ok(())
@@ -71,20 +72,6 @@ async fn status(context: &Context, id: &str) -> Result<Value, ClientError> {
         "annotations": status.annotations,
         "info": info,
     }))
-}
-
-async fn snapshot(context: &Context, id: &str) -> Result<Value, ClientError> {
-    let mut monitor = client::monitor(&context.config.run_dir, id).await?;
-    let snapshot = monitor
-        .watch(monitor::WatchRequest {})
-        .await
-        .map_err(client::failed("Watch"))?
-        .into_inner()
-        .message()
-        .await
-        .map_err(client::failed("Watch"))?
-        .unwrap_or_default();
-    Ok(snapshot_json(&snapshot))
 }
 
 fn snapshot_json(snapshot: &monitor::Snapshot) -> Value {

@@ -1,29 +1,39 @@
 //! `podvisor`: the command line beside the CRI socket.
 //!
-//! | module      | what it holds                                                              |
-//! |-------------|----------------------------------------------------------------------------|
-//! | [`client`]  | gRPC over unix sockets: podvisord, and a pod's monitor; errors for people  |
-//! | [`pods`]    | from what a user types (id, prefix, name) to a sandbox                     |
-//! | [`run`]     | `podvisor run`: one container in a pod of its own, from pull to removal    |
-//! | [`logs`]    | follows a CRI log file and gives back the bytes the container wrote        |
-//! | [`ps`]      | `podvisor ps`                                                              |
-//! | [`console`] | `podvisor console`: the guest's kernel log                                 |
-//! | [`check`]   | `podvisor check`: what this machine lacks to run pods                      |
-//! | [`inspect`] | `podvisor inspect`: what podvisord and the monitor know of a pod           |
-//! | [`text`]    | tables, colours, units, and guest text made safe for a terminal            |
+//! | module       | what it holds                                                              |
+//! |--------------|----------------------------------------------------------------------------|
+//! | [`client`]   | gRPC over unix sockets: podvisord, and a pod's monitor; errors for people  |
+//! | [`image`]    | has an image pulled, with bars                                             |
+//! | [`signals`]  | Ctrl-C and its like                                                        |
+//! | [`pod`]      | a pod that a command makes for itself                                      |
+//! | [`pods`]     | from what a user types (id, prefix, name) to a sandbox                     |
+//! | [`run`]      | `podvisor run`: one container in a pod of its own, from pull to removal    |
+//! | [`logs`]     | follows a CRI log file and gives back the bytes the container wrote        |
+//! | [`ps`]       | `podvisor ps`                                                              |
+//! | [`console`]  | `podvisor console`: the guest's kernel log                                 |
+//! | [`check`]    | `podvisor check`: what this machine lacks to run pods                      |
+//! | [`bench`]    | `podvisor bench`: times and memory of pods, pulls against another runtime  |
+//! | [`inspect`]  | `podvisor inspect`: what podvisord and the monitor know of a pod           |
+//! | [`timeline`] | the phases of a pod's start                                                |
+//! | [`text`]     | tables, colours, units, and guest text made safe for a terminal            |
 //!
 //! Only a container's bytes, a table or JSON go to standard output; everything said about them goes
 //! to standard error.
 
+mod bench;
 mod check;
 mod client;
 mod console;
+mod image;
 mod inspect;
 mod logs;
+mod pod;
 mod pods;
 mod ps;
 mod run;
+mod signals;
 mod text;
+mod timeline;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -110,6 +120,8 @@ enum Command {
     Ps,
     /// Check whether this machine can run pods; exit code 1 when something needed is missing
     Check,
+    /// Measure pods on this machine: times by phase, memory of their processes, pulls
+    Bench(Box<bench::BenchArgs>),
     /// Show the kernel log of a pod's virtual machine
     Console(console::ConsoleArgs),
     /// Show everything known of a pod, as JSON
@@ -147,6 +159,9 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Run(args) => Box::pin(run::run(context, *args)).await,
         Command::Ps => ps::ps(context).await.map(|()| ExitCode::SUCCESS),
         Command::Check => check::check(context).await,
+        Command::Bench(args) => Box::pin(bench::bench(context, *args))
+            .await
+            .map(|()| ExitCode::SUCCESS),
         Command::Console(args) => console::console(context, args)
             .await
             .map(|()| ExitCode::SUCCESS),

@@ -2,13 +2,12 @@
 
 use std::path::Path;
 
-use clap::ValueEnum;
 use podvisor_proto::cri;
+
+use crate::image::Pull;
 
 /// The container's log below the pod's log directory.
 pub const LOG_PATH: &str = "container/0.log";
-/// Label of the pod that `podvisor run` makes; its value is the pod's uid.
-pub const RUN_LABEL: &str = "podvisor.run/uid";
 /// Period of a CPU limit, microseconds: the kernel's and the kubelet's default.
 const CPU_PERIOD_US: i64 = 100_000;
 
@@ -73,17 +72,6 @@ pub struct RunArgs {
     pub command: Vec<String>,
 }
 
-/// When to pull.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Pull {
-    /// When the image is not there.
-    Missing,
-    /// Always: the tag may have moved.
-    Always,
-    /// Never.
-    Never,
-}
-
 /// Who a container's process is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum User {
@@ -109,7 +97,6 @@ impl RunArgs {
             }),
             log_directory: log_directory.to_string_lossy().into_owned(),
             port_mappings: self.port.clone(),
-            labels: [(RUN_LABEL.to_owned(), uid.to_owned())].into(),
             linux: Some(cri::LinuxPodSandboxConfig {
                 resources: self.resources(),
                 security_context: Some(cri::LinuxSandboxSecurityContext {
@@ -309,7 +296,6 @@ mod tests {
         let pod = args.sandbox_config("0123456789", Path::new("/logs"));
         assert_eq!(pod.metadata.as_ref().unwrap().name, "web");
         assert_eq!(pod.log_directory, "/logs");
-        assert_eq!(pod.labels[RUN_LABEL], "0123456789");
         assert_eq!(pod.port_mappings[0].host_ip, "127.0.0.1");
         let resources = pod.linux.unwrap().resources.unwrap();
         assert_eq!(resources.memory_limit_in_bytes, 256 << 20);

@@ -4,24 +4,22 @@
 //! without polling, the container's exit, comes from the pod's monitor.
 
 mod args;
-mod pod;
-mod pull;
-mod timeline;
 
 use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use podvisor_proto::cri;
 
 pub use args::RunArgs;
-use pod::{Exit, Pod};
-use timeline::Phase;
 
 use crate::client::Daemon;
 use crate::logs::{Follower, LogError};
-use crate::{Context, text};
+use crate::pod::{Exit, Pod};
+use crate::signals::Interrupts;
+use crate::timeline::Phase;
+use crate::{Context, image, pod, text, timeline};
 
 /// Seconds between the stop signal and SIGKILL at the first Ctrl-C; at the second there are none.
 const STOP_GRACE_S: i64 = 10;
@@ -29,15 +27,17 @@ const STOP_GRACE_S: i64 = 10;
 /// Runs the command to its end. The exit code is the container's.
 pub async fn run(context: &Context, args: RunArgs) -> anyhow::Result<ExitCode> {
     let mut interrupts = Interrupts::new()?;
-    let mut daemon = Daemon::connect(&context.socket).await?;
+    let daemon = Daemon::connect(&context.socket).await?;
     let image = tokio::select! {
-        image = pull::ensure(&mut daemon, &args.image, args.pull, args.quiet) => image?,
+        image = image::ensure(&daemon, &args.image, args.pull, args.quiet) => image?,
         signal = interrupts.next() => return Ok(killed_by(signal)),
     };
     let logs = tempfile::Builder::new().prefix("podvisor-run-").tempdir()?;
-    let mut pod = Pod::new(daemon, context.config.run_dir.clone(), uid()?);
+    let uid = pod::uid()?;
+    let sandbox = args.sandbox_config(&uid, logs.path());
+    let mut pod = Pod::new(daemon, context.config.run_dir.clone(), uid);
 
-    let session = session(&args, &image, &mut pod, logs.path(), &mut interrupts);
+    let session = session(&args, &image, sandbox, &mut pod, &mut interrupts);
     let result = Box::pin(session).await;
 
     if args.keep {
@@ -56,12 +56,12 @@ pub async fn run(context: &Context, args: RunArgs) -> anyhow::Result<ExitCode> {
 async fn session(
     args: &RunArgs,
     image: &str,
+    sandbox: cri::PodSandboxConfig,
     pod: &mut Pod,
-    logs: &Path,
     interrupts: &mut Interrupts,
 ) -> anyhow::Result<ExitCode> {
     let started = tokio::select! {
-        started = start(args, image, pod, logs) => started?,
+        started = start(args, image, sandbox, pod) => started?,
         signal = interrupts.next() => return Ok(killed_by(signal)),
     };
     match started {
@@ -80,13 +80,17 @@ enum Started {
     Ended(Exit),
 }
 
-async fn start(args: &RunArgs, image: &str, pod: &mut Pod, logs: &Path) -> anyhow::Result<Started> {
+async fn start(
+    args: &RunArgs,
+    image: &str,
+    sandbox: cri::PodSandboxConfig,
+    pod: &mut Pod,
+) -> anyhow::Result<Started> {
     let begin = Instant::now();
     let elapsed = || begin.elapsed().as_secs_f64() * 1e3;
-    let sandbox = args.sandbox_config(pod.uid(), logs);
     pod.run(sandbox.clone(), &args.handler).await?;
 
-    let log = logs.join(args::LOG_PATH);
+    let log = Path::new(&sandbox.log_directory).join(args::LOG_PATH);
     if let Some(directory) = log.parent() {
         std::fs::create_dir_all(directory)?;
     }
@@ -175,49 +179,4 @@ fn exit_code(exit: &Exit) -> ExitCode {
 /// The exit code that shells give a process that died of a signal.
 fn killed_by(signal: i32) -> ExitCode {
     ExitCode::from((128 + signal) as u8)
-}
-
-/// A pod uid as Kubernetes has them.
-fn uid() -> io::Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/random/uuid")?
-        .trim()
-        .to_owned())
-}
-
-/// The signals that ask for an end.
-struct Interrupts {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
-}
-
-impl Interrupts {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hangup: signal(SignalKind::hangup())?,
-        })
-    }
-
-    /// The number of the next one. Loses none when it is cancelled.
-    async fn next(&mut self) -> i32 {
-        tokio::select! {
-            _ = self.interrupt.recv() => libc::SIGINT,
-            _ = self.terminate.recv() => libc::SIGTERM,
-            _ = self.hangup.recv() => libc::SIGHUP,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn uids_differ_and_look_like_uids() {
-        let (a, b) = (uid().unwrap(), uid().unwrap());
-        assert_ne!(a, b);
-        assert_eq!((a.len(), a.matches('-').count()), (36, 4));
-    }
 }

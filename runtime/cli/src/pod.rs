@@ -1,13 +1,17 @@
-//! The pod of one `podvisor run`: every call about it, and its removal in every ending.
+//! A pod that a command makes for itself: every call about it, and its removal in every ending.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use podvisor_proto::{cri, monitor};
 
-use super::args::RUN_LABEL;
 use crate::client::{self, ClientError, Daemon};
+
+/// Label of the pods that the CLI makes; its value is the run's own, so that a run finds its pods
+/// even when the answer to RunPodSandbox was lost.
+const LABEL: &str = "podvisor.cli/run";
 
 /// What each call of the removal may take.
 const REMOVE: Duration = Duration::from_mins(1);
@@ -41,27 +45,23 @@ pub enum ExitError {
 pub struct Pod {
     daemon: Daemon,
     run_dir: PathBuf,
-    uid: String,
+    /// The value of [`LABEL`].
+    label: String,
     /// Whether podvisord was asked to make it.
     requested: bool,
     id: Option<String>,
 }
 
 impl Pod {
-    /// A pod that is not asked for yet.
-    pub fn new(daemon: Daemon, run_dir: PathBuf, uid: String) -> Self {
+    /// A pod that is not asked for yet; `label` is the run's own.
+    pub fn new(daemon: Daemon, run_dir: PathBuf, label: String) -> Self {
         Self {
             daemon,
             run_dir,
-            uid,
+            label,
             requested: false,
             id: None,
         }
-    }
-
-    /// The pod's uid, which finds it even when the answer to RunPodSandbox was lost.
-    pub fn uid(&self) -> &str {
-        &self.uid
     }
 
     /// The sandbox's id, when podvisord has told it.
@@ -72,9 +72,10 @@ impl Pod {
     /// RunPodSandbox.
     pub async fn run(
         &mut self,
-        config: cri::PodSandboxConfig,
+        mut config: cri::PodSandboxConfig,
         handler: &str,
     ) -> Result<(), ClientError> {
+        config.labels.insert(LABEL.to_owned(), self.label.clone());
         self.requested = true;
         let request = cri::RunPodSandboxRequest {
             config: Some(config),
@@ -205,75 +206,134 @@ impl Pod {
         )
     }
 
+    /// StopContainer.
+    pub async fn stop(&self, container: &str, grace_s: i64) -> Result<(), ClientError> {
+        stop_container(self.daemon.clone(), container.to_owned(), grace_s).await
+    }
+
     /// StopContainer, without waiting for it: its effect is the container's exit.
     pub fn stop_in_background(&self, container: &str, grace_s: i64) {
-        let request = cri::StopContainerRequest {
-            container_id: container.to_owned(),
-            timeout: grace_s,
-        };
-        let deadline = STOP + Duration::from_secs(grace_s.unsigned_abs());
-        let mut runtime = self.daemon.runtime.clone();
+        let stop = stop_container(self.daemon.clone(), container.to_owned(), grace_s);
         tokio::spawn(async move {
-            if let Err(status) = runtime
-                .stop_container(client::within(deadline, request))
-                .await
-            {
-                eprintln!("podvisor: {}", client::failed("StopContainer")(status));
+            if let Err(error) = stop.await {
+                eprintln!("podvisor: {error}");
             }
         });
     }
 
-    /// Removes whatever podvisord has of the pod. Does nothing when it was never asked for.
+    /// Runs a command in a container to its end, at most `timeout_s` seconds; its exit code.
+    pub async fn exec(
+        &self,
+        container: &str,
+        command: &[&str],
+        timeout_s: i64,
+    ) -> Result<i32, ClientError> {
+        let request = cri::ExecSyncRequest {
+            container_id: container.to_owned(),
+            cmd: command.iter().map(|&word| word.to_owned()).collect(),
+            timeout: timeout_s,
+        };
+        let deadline = client::CALL + Duration::from_secs(timeout_s.unsigned_abs());
+        let mut runtime = self.daemon.runtime.clone();
+        let response = runtime.exec_sync(client::within(deadline, request)).await;
+        Ok(response
+            .map_err(client::failed("ExecSync"))?
+            .into_inner()
+            .exit_code)
+    }
+
+    /// What the monitor knows now.
+    pub async fn snapshot(&self) -> Result<monitor::Snapshot, ClientError> {
+        let id = self.id.as_deref().unwrap_or_default();
+        client::snapshot(&self.run_dir, id).await
+    }
+
+    /// StopPodSandbox.
+    pub async fn stop_sandbox(&self) -> Result<(), ClientError> {
+        stop_sandbox(&self.daemon, self.id.clone().unwrap_or_default()).await
+    }
+
+    /// RemovePodSandbox.
+    pub async fn remove_sandbox(&mut self) -> Result<(), ClientError> {
+        remove_sandbox(&self.daemon, self.id.clone().unwrap_or_default()).await?;
+        self.requested = false;
+        Ok(())
+    }
+
+    /// Stops and removes whatever podvisord has of the pod; nothing when it was never asked for.
     pub async fn remove(mut self) -> Result<(), ClientError> {
         if !self.requested {
             return Ok(());
         }
-        let ids = match self.id.take() {
-            Some(id) => vec![id],
+        match self.id.take() {
+            Some(id) => {
+                stop_sandbox(&self.daemon, id.clone()).await?;
+                remove_sandbox(&self.daemon, id).await
+            }
             // The call was cancelled or its answer was lost: podvisord undoes it, or has it.
-            None => self.ids_by_uid().await?,
-        };
-        for id in ids {
-            let runtime = &mut self.daemon.runtime;
-            runtime
-                .stop_pod_sandbox(client::within(
-                    REMOVE,
-                    cri::StopPodSandboxRequest {
-                        pod_sandbox_id: id.clone(),
-                    },
-                ))
-                .await
-                .map_err(client::failed("StopPodSandbox"))?;
-            runtime
-                .remove_pod_sandbox(client::within(
-                    REMOVE,
-                    cri::RemovePodSandboxRequest { pod_sandbox_id: id },
-                ))
-                .await
-                .map_err(client::failed("RemovePodSandbox"))?;
+            None => remove_all(&self.daemon, &self.label).await,
         }
-        Ok(())
     }
+}
 
-    async fn ids_by_uid(&mut self) -> Result<Vec<String>, ClientError> {
-        let filter = cri::PodSandboxFilter {
-            label_selector: [(RUN_LABEL.to_owned(), self.uid.clone())].into(),
-            ..Default::default()
-        };
-        let response = self
-            .daemon
-            .runtime
-            .list_pod_sandbox(client::within(
-                client::CALL,
-                cri::ListPodSandboxRequest {
-                    filter: Some(filter),
-                },
-            ))
-            .await
-            .map_err(client::failed("ListPodSandbox"))?;
-        let pods = response.into_inner().items;
-        Ok(pods.into_iter().map(|pod| pod.id).collect())
+/// Removes every pod of a run.
+pub async fn remove_all(daemon: &Daemon, label: &str) -> Result<(), ClientError> {
+    let filter = cri::PodSandboxFilter {
+        label_selector: [(LABEL.to_owned(), label.to_owned())].into(),
+        ..Default::default()
+    };
+    let request = cri::ListPodSandboxRequest {
+        filter: Some(filter),
+    };
+    let response = daemon
+        .runtime
+        .clone()
+        .list_pod_sandbox(client::within(client::CALL, request))
+        .await
+        .map_err(client::failed("ListPodSandbox"))?;
+    for pod in response.into_inner().items {
+        stop_sandbox(daemon, pod.id.clone()).await?;
+        remove_sandbox(daemon, pod.id).await?;
     }
+    Ok(())
+}
+
+async fn stop_container(
+    mut daemon: Daemon,
+    container_id: String,
+    grace_s: i64,
+) -> Result<(), ClientError> {
+    let request = cri::StopContainerRequest {
+        container_id,
+        timeout: grace_s,
+    };
+    let deadline = STOP + Duration::from_secs(grace_s.unsigned_abs());
+    daemon
+        .runtime
+        .stop_container(client::within(deadline, request))
+        .await
+        .map(drop)
+        .map_err(client::failed("StopContainer"))
+}
+
+async fn stop_sandbox(daemon: &Daemon, pod_sandbox_id: String) -> Result<(), ClientError> {
+    let request = cri::StopPodSandboxRequest { pod_sandbox_id };
+    let mut runtime = daemon.runtime.clone();
+    runtime
+        .stop_pod_sandbox(client::within(REMOVE, request))
+        .await
+        .map(drop)
+        .map_err(client::failed("StopPodSandbox"))
+}
+
+async fn remove_sandbox(daemon: &Daemon, pod_sandbox_id: String) -> Result<(), ClientError> {
+    let request = cri::RemovePodSandboxRequest { pod_sandbox_id };
+    let mut runtime = daemon.runtime.clone();
+    runtime
+        .remove_pod_sandbox(client::within(REMOVE, request))
+        .await
+        .map(drop)
+        .map_err(client::failed("RemovePodSandbox"))
 }
 
 fn exit_in(snapshot: &monitor::Snapshot, container: &str) -> Option<Exit> {
@@ -288,9 +348,22 @@ fn exit_in(snapshot: &monitor::Snapshot, container: &str) -> Option<Exit> {
         })
 }
 
+/// A pod uid as Kubernetes has them: random.
+pub fn uid() -> io::Result<String> {
+    let uuid = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    Ok(uuid.trim().to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn uids_differ_and_look_like_uids() {
+        let (a, b) = (uid().unwrap(), uid().unwrap());
+        assert_ne!(a, b);
+        assert_eq!((a.len(), a.matches('-').count()), (36, 4));
+    }
 
     #[test]
     fn only_the_exit_of_the_container_asked_for_counts() {

@@ -1,13 +1,24 @@
-//! Pulls an image and shows how it goes: a bar per layer on a terminal, a line per layer elsewhere.
+//! Has an image pulled, and shows how it goes: a bar per layer on a terminal, a line per layer elsewhere.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
 
+use clap::ValueEnum;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 use podvisor_proto::{control, cri};
 
-use super::args::Pull;
 use crate::client::{self, ClientError, Daemon};
+
+/// When to pull.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Pull {
+    /// When the image is not there.
+    Missing,
+    /// Always: the tag may have moved.
+    Always,
+    /// Never.
+    Never,
+}
 
 /// Why there is no image to run.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +36,7 @@ pub enum ImageError {
 
 /// The id of `image`, which is pulled first if `when` says so.
 pub async fn ensure(
-    daemon: &mut Daemon,
+    daemon: &Daemon,
     image: &str,
     when: Pull,
     quiet: bool,
@@ -41,7 +52,7 @@ pub async fn ensure(
     pull(daemon, image, quiet).await
 }
 
-async fn present(daemon: &mut Daemon, image: &str) -> Result<Option<String>, ClientError> {
+async fn present(daemon: &Daemon, image: &str) -> Result<Option<String>, ClientError> {
     let request = cri::ImageStatusRequest {
         image: Some(cri::ImageSpec {
             image: image.to_owned(),
@@ -49,8 +60,8 @@ async fn present(daemon: &mut Daemon, image: &str) -> Result<Option<String>, Cli
         }),
         verbose: false,
     };
-    Ok(daemon
-        .images
+    let mut images = daemon.images.clone();
+    Ok(images
         .image_status(client::within(client::CALL, request))
         .await
         .map_err(client::failed("ImageStatus"))?
@@ -61,12 +72,12 @@ async fn present(daemon: &mut Daemon, image: &str) -> Result<Option<String>, Cli
 
 /// Pulls without a deadline of its own: podvisord gives a registry up that says nothing, and a slow
 /// one is shown.
-async fn pull(daemon: &mut Daemon, image: &str, quiet: bool) -> Result<String, ImageError> {
+async fn pull(daemon: &Daemon, image: &str, quiet: bool) -> Result<String, ImageError> {
     let request = control::PullRequest {
         image: image.to_owned(),
     };
-    let mut messages = daemon
-        .control
+    let mut control = daemon.control.clone();
+    let mut messages = control
         .pull(request)
         .await
         .map_err(client::failed("Pull"))?
