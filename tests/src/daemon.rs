@@ -350,11 +350,17 @@ impl Daemon {
     /// Fails if anything is on the host that no pod owns, or that belongs to one: for tests that have
     /// removed all of theirs.
     pub fn assert_nothing_left(&self) {
+        self.assert_nothing_left_but(&[]);
+    }
+
+    /// [`Daemon::assert_nothing_left`], but for resources of some kinds.
+    pub fn assert_nothing_left_but(&self, kinds: &[&str]) {
         assert_eq!(self.leaks(), "", "podvisor check --leaks");
         // What ends with a process or a namespace is gone a moment after it.
         let mut left = Vec::new();
         let gone = (0..100).any(|_| {
             left = self.instance.pod_resources();
+            left.retain(|line| !kinds.iter().any(|kind| line.starts_with(kind)));
             let none = left.is_empty();
             if !none {
                 thread::sleep(std::time::Duration::from_millis(20));

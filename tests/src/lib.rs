@@ -10,6 +10,7 @@
 //! | [`registry`]      | Debian's docker-registry                                                   |
 //! | [`fake_registry`] | a registry that asks for tokens, hangs, fails or lies                      |
 //! | [`logs`]          | CRI log files                                                              |
+//! | [`guest`]         | guest images that do not work                                              |
 //! | [`http`]          | as much of HTTP/1.1 as the registries need                                 |
 //!
 //! Every test has a daemon of its own: what a test breaks breaks no other, and what it leaves behind
@@ -24,6 +25,7 @@ pub mod cri;
 pub mod crictl;
 pub mod daemon;
 pub mod fake_registry;
+pub mod guest;
 pub mod host;
 pub mod http;
 pub mod logs;

@@ -109,10 +109,8 @@ fn exec() {
     // No byte is lost, changed or out of its place.
     let much = exec("seq 1 200000; seq 1 100000 >&2", 0).expect("much output");
     let numbers = |to: u32| {
-        (1..=to)
-            .map(|n| format!("{n}\n"))
-            .collect::<String>()
-            .into_bytes()
+        let lines: Vec<String> = (1..=to).map(|n| format!("{n}\n")).collect();
+        lines.concat().into_bytes()
     };
     assert!(much.stdout == numbers(200_000) && much.stderr == numbers(100_000));
     let binary = exec("printf '\\000\\377\\n\\r'", 0).expect("any bytes");
