@@ -192,7 +192,7 @@ impl RuntimeService for Shared {
     ) -> Answer<cri::StopPodSandboxResponse> {
         assert_eq!(request.into_inner().pod_sandbox_id, POD);
         self.call("StopPodSandbox");
-        Ok(Response::new(Default::default()))
+        Ok(Response::new(cri::StopPodSandboxResponse {}))
     }
 
     async fn remove_pod_sandbox(
@@ -201,7 +201,7 @@ impl RuntimeService for Shared {
     ) -> Answer<cri::RemovePodSandboxResponse> {
         assert_eq!(request.into_inner().pod_sandbox_id, POD);
         self.call("RemovePodSandbox");
-        Ok(Response::new(Default::default()))
+        Ok(Response::new(cri::RemovePodSandboxResponse {}))
     }
 
     async fn create_container(
@@ -230,7 +230,7 @@ impl RuntimeService for Shared {
             Start::MonitorDies => drop(self.snapshots.send_replace(None)),
             _ => {}
         }
-        Ok(Response::new(Default::default()))
+        Ok(Response::new(cri::StartContainerResponse {}))
     }
 
     async fn container_status(
@@ -260,7 +260,7 @@ impl RuntimeService for Shared {
     ) -> Answer<cri::StopContainerResponse> {
         self.call(format!("StopContainer {}", request.into_inner().timeout));
         self.exit(143);
-        Ok(Response::new(Default::default()))
+        Ok(Response::new(cri::StopContainerResponse {}))
     }
 }
 
