@@ -51,7 +51,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Print ratios to the results in this file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", overrides_with = "compare")]
     compare: Option<PathBuf>,
 }
 
