@@ -59,6 +59,14 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
 fn main() -> anyhow::Result<()> {
     let begin_ns = now_ns();
+    // Whether KVM works here, asked by podvisord in a process of its own: exit code and one sentence.
+    if std::env::args().nth(1).as_deref() == Some("probe-kvm") {
+        if let Err(error) = podvisor_vmm::kvm::probe::run() {
+            eprintln!("{error}");
+            std::process::exit(1);
+        }
+        return Ok(());
+    }
     // SAFETY: first thing in the process, no other thread allocates yet. Few arenas and early return
     // of memory: dozens of monitors share a node.
     unsafe {
