@@ -1,3 +1,6 @@
 //! podvisord as a library.
 
+pub mod cgroup;
 pub mod config;
+pub mod mountinfo;
+pub mod pidfd;
