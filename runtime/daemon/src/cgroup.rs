@@ -205,6 +205,18 @@ impl PodCgroup {
     }
 }
 
+/// Removes one group of one hierarchy, as [`PodCgroup::remove`] does.
+///
+/// # Errors
+/// [`CgroupError::Busy`], and the group is left.
+pub fn remove_group(path: &Path, patience: Duration) -> Result<(), CgroupError> {
+    let groups = vec![Hierarchy {
+        root: path.to_owned(),
+        kind: Kind::V1,
+    }];
+    PodCgroup { groups }.remove(patience)
+}
+
 /// Makes a group and the `levels` - 1 groups above it that may be missing.
 fn make(group: &Hierarchy, levels: usize) -> Result<(), CgroupError> {
     let mut path: Vec<&Path> = group.root.ancestors().take(levels).collect();

@@ -2,5 +2,6 @@
 
 pub mod cgroup;
 pub mod config;
+pub mod inventory;
 pub mod mountinfo;
 pub mod pidfd;
