@@ -95,7 +95,7 @@ impl Host {
                 .chain(PLUGIN_DIRS.map(Into::into))
                 .collect(),
             cache_dir: self.path("cache"),
-            plugin_timeout: Duration::from_secs(60),
+            plugin_timeout: Duration::from_mins(1),
         })
     }
 
