@@ -1,0 +1,1 @@
+//! Serves a [`VirtioDevice`](crate::VirtioDevice) over vhost-user.
