@@ -20,7 +20,7 @@ lint:                ## formatting, clippy, dependencies, shell scripts
 	scripts/lint
 
 bench: build         ## costs of a pod by phase, as JSON and a table
-	target/release/podvisor bench
+	scripts/bench
 
 install: build       ## binaries, guest image and, if there is none, a configuration, below DESTDIR
 	install -D -t $(DESTDIR)/usr/bin target/release/podvisord target/release/podvisor-monitor target/release/podvisor
