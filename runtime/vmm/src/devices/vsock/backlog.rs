@@ -38,10 +38,6 @@ impl Backlog {
         self.length == 0
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.length
-    }
-
     /// Appends all of `slices`. False, and nothing done: beyond the limit.
     #[must_use]
     pub(super) fn push(&mut self, slices: &mut GuestSlices<'_>) -> bool {
@@ -166,7 +162,7 @@ mod tests {
                     theirs.read_exact(&mut received).unwrap();
                     prop_assert_eq!(received, model.drain(..sent).collect::<Vec<_>>());
                 }
-                prop_assert_eq!(backlog.len(), model.len());
+                prop_assert_eq!(backlog.length, model.len());
                 prop_assert!(backlog.ring.len() <= LIMIT);
                 prop_assert_eq!(backlog.ring.is_empty(), model.is_empty());
             }
