@@ -235,10 +235,7 @@ pub trait Observer {
 
 /// Keeps the connection to the agent: the first of `incoming`, and after it breaks the next. While
 /// one lives, others are turned away: any process in the guest can dial.
-pub async fn keep_link(
-    incoming: impl Stream<Item = UnixStream> + Unpin,
-    observer: &impl Observer,
-) {
+pub async fn keep_link(incoming: impl Stream<Item = UnixStream> + Unpin, observer: &impl Observer) {
     let mut incoming = incoming.fuse();
     let mut last_event = 0;
     while let Some(stream) = incoming.next().await {

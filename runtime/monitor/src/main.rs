@@ -215,10 +215,7 @@ async fn serve(pod: &Arc<Pod>, listener: UnixListener) -> anyhow::Result<()> {
     let finished = pod.finished();
     let server = Server::builder()
         .add_service(MonitorServer::new(service::Service::new(Arc::clone(pod))))
-        .serve_with_incoming_shutdown(
-            UnixListenerStream::new(listener),
-            finished.cancelled(),
-        );
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), finished.cancelled());
     let server = std::pin::pin!(server);
     let close_deadline = async {
         finished.cancelled().await;

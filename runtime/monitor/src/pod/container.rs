@@ -54,9 +54,13 @@ enum Phase {
     #[default]
     NotStarted,
     /// The agent has been asked. An exit may come before its answer.
-    Starting { exit_code: Option<u32> },
+    Starting {
+        exit_code: Option<u32>,
+    },
     Running,
-    Ended { exit_code: Option<u32> },
+    Ended {
+        exit_code: Option<u32>,
+    },
 }
 
 impl Container {
