@@ -160,6 +160,30 @@ impl<'m> GuestSlices<'m> {
         })
     }
 
+    /// Takes the first `count` bytes off, to be written later than what follows them. `None`, and nothing taken: there
+    /// are not as many, or they are in more than four pieces.
+    pub fn take_front(&mut self, count: usize) -> Option<GuestFront<'m>> {
+        if count > self.length {
+            return None;
+        }
+        let mut front = GuestFront {
+            pieces: [(ptr::null_mut(), 0); FRONT_PIECES],
+            memory: PhantomData,
+        };
+        let mut left = count;
+        let pieces = self.slices.iter().filter(|slice| slice.iov_len > 0);
+        for (slice, piece) in pieces.zip(&mut front.pieces) {
+            let length = slice.iov_len.min(left);
+            *piece = (slice.iov_base.cast(), length);
+            left -= length;
+        }
+        if left > 0 {
+            return None;
+        }
+        self.advance(count);
+        Some(front)
+    }
+
     /// Copies `buffer.len()` bytes out. False, and nothing consumed: there are not as many.
     #[must_use]
     pub fn read(&mut self, buffer: &mut [u8]) -> bool {
@@ -243,15 +267,34 @@ impl<'m> GuestSlices<'m> {
         })
     }
 
-    /// Receives once from a socket. Returns the bytes received and consumes them; 0 is the end of the stream.
+    /// Receives once from a socket, at most `limit` bytes. Returns the bytes received and consumes them; 0 is the end
+    /// of the stream (or no room).
     ///
     /// # Errors
     /// As of `readv(2)`; `WouldBlock` when nothing is there.
-    pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        self.transfer(|slices, count| {
+    pub fn receive(&mut self, socket: BorrowedFd<'_>, limit: usize) -> io::Result<usize> {
+        // The slice in which the limit falls is shortened for the call.
+        let mut before = 0;
+        let mut shortened = None;
+        for (index, slice) in self.slices.iter_mut().enumerate() {
+            if before + slice.iov_len > limit {
+                shortened = Some((index, slice.iov_len));
+                slice.iov_len = limit - before;
+                break;
+            }
+            before += slice.iov_len;
+        }
+        let count = shortened.map_or(self.slices.len(), |(index, _)| index + 1);
+        let received = retry(|| {
             // SAFETY: the slices are mapped and writable, the kernel writes only to them.
-            unsafe { libc::readv(socket.as_raw_fd(), slices, count) }
-        })
+            unsafe { libc::readv(socket.as_raw_fd(), self.slices.as_ptr(), count as i32) }
+        });
+        if let Some((index, length)) = shortened {
+            self.slices[index].iov_len = length;
+        }
+        let received = received?;
+        self.advance(received);
+        Ok(received)
     }
 
     /// Sends once to a socket. Returns the bytes sent and consumes them.
@@ -275,19 +318,11 @@ impl<'m> GuestSlices<'m> {
         })
     }
 
-    /// One system call over all slices, again when a signal interrupts it.
+    /// One system call over all slices.
     fn transfer(&mut self, mut call: impl FnMut(*const iovec, i32) -> isize) -> io::Result<usize> {
-        loop {
-            let moved = call(self.slices.as_ptr(), self.slices.len() as i32);
-            if let Ok(moved) = usize::try_from(moved) {
-                self.advance(moved);
-                return Ok(moved);
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
-        }
+        let moved = retry(|| call(self.slices.as_ptr(), self.slices.len() as i32))?;
+        self.advance(moved);
+        Ok(moved)
     }
 
     /// System calls until everything is moved or one moves nothing. `call` gets the bytes moved so far.
@@ -303,6 +338,42 @@ impl<'m> GuestSlices<'m> {
             }
         }
         Ok(done)
+    }
+}
+
+/// Makes a system call, again when a signal interrupts it.
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        if let Ok(moved) = usize::try_from(call()) {
+            return Ok(moved);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// Pieces that the front of a chain may be in: every driver has it in one.
+const FRONT_PIECES: usize = 4;
+
+/// The front of a chain, to be written.
+#[derive(Debug)]
+pub struct GuestFront<'m> {
+    /// Address and length of ranges of guest memory, mapped and writable while `'m` lasts.
+    pieces: [(*mut u8, usize); FRONT_PIECES],
+    memory: PhantomData<&'m GuestMemoryMmap>,
+}
+
+impl GuestFront<'_> {
+    /// Stores `bytes`; what does not fit is dropped.
+    pub fn write(self, mut bytes: &[u8]) {
+        for (guest, length) in self.pieces {
+            let (part, rest) = bytes.split_at(length.min(bytes.len()));
+            // SAFETY: `part` is no longer than the piece, which no Rust object overlaps.
+            unsafe { ptr::copy_nonoverlapping(part.as_ptr(), guest, part.len()) };
+            bytes = rest;
+        }
     }
 }
 
@@ -432,6 +503,34 @@ mod tests {
     }
 
     #[test]
+    fn takes_the_front() {
+        let memory = memory();
+        let mut buffers = ChainBuffers::default();
+        let parts = [(0xfffe, 4, WRITE), (0x9000, 0, WRITE), (0x8000, 4, WRITE)];
+        let (_, mut writable) = buffers.collect(&memory, chain(&memory, &parts)).unwrap();
+        assert!(writable.take_front(9).is_none());
+        let front = writable.take_front(6).unwrap();
+        assert!(writable.write(b"gh"));
+        front.write(b"abcdef");
+        let mut out = [0; 4];
+        memory.read_slice(&mut out, GuestAddress(0xfffe)).unwrap();
+        assert_eq!(&out, b"abcd");
+        memory.read_slice(&mut out, GuestAddress(0x8000)).unwrap();
+        assert_eq!(&out, b"efgh");
+
+        let parts = [
+            (0x8000, 1, WRITE),
+            (0x8001, 1, WRITE),
+            (0x8002, 1, WRITE),
+            (0x8003, 1, WRITE),
+            (0x8004, 9, WRITE),
+        ];
+        let (_, mut writable) = buffers.collect(&memory, chain(&memory, &parts)).unwrap();
+        assert!(writable.take_front(5).is_none() && writable.len() == 13);
+        assert!(writable.take_front(4).is_some() && writable.len() == 9);
+    }
+
+    #[test]
     fn moves_between_memory_and_descriptors() {
         let memory = memory();
         let mut buffers = ChainBuffers::default();
@@ -465,13 +564,20 @@ mod tests {
         assert_eq!(readable.send(ours.as_fd()).unwrap(), 0x20);
         theirs.read_exact(&mut [0; 0x20]).unwrap();
         assert_eq!(
-            writable.receive(ours.as_fd()).unwrap_err().kind(),
+            writable.receive(ours.as_fd(), 64).unwrap_err().kind(),
             io::ErrorKind::WouldBlock
         );
-        theirs.write_all(&[8; 3]).unwrap();
-        assert_eq!(writable.receive(ours.as_fd()).unwrap(), 3);
+        theirs.write_all(&[8; 0x20]).unwrap();
+        for limit in [3, 13, 1, 9] {
+            assert_eq!(writable.receive(ours.as_fd(), limit).unwrap(), limit);
+        }
+        assert_eq!(
+            (writable.receive(ours.as_fd(), 64).unwrap(), writable.len()),
+            (6, 0)
+        );
+        let (_, mut writable) = buffers.collect(&memory, chain(&memory, &parts)).unwrap();
         drop(theirs);
-        assert_eq!(writable.receive(ours.as_fd()).unwrap(), 0);
+        assert_eq!(writable.receive(ours.as_fd(), 64).unwrap(), 0);
         let (mut readable, _) = buffers.collect(&memory, chain(&memory, &parts)).unwrap();
         assert_eq!(
             readable.send(ours.as_fd()).unwrap_err().kind(),
