@@ -33,8 +33,8 @@ use std::time::Duration;
 use anyhow::Context;
 use podvisor_proto::monitor::monitor_server::MonitorServer;
 use podvisor_proto::monitor::{SandboxState, Snapshot};
-use podvisor_vmm::devices::vsock::VsockListener;
-use podvisor_vmm::{Access, NetConfig, SegmentMap, VmConfig, VsockDevice};
+use podvisor_vmm::qemu::TscMeter;
+use podvisor_vmm::{Access, NetConfig, SegmentMap, VmConfig, VsockDevice, VsockListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -59,6 +59,7 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
 fn main() -> anyhow::Result<()> {
     let begin_ns = now_ns();
+    let tsc = TscMeter::start();
     // SAFETY: first thing in the process, no other thread allocates yet. Few arenas and early return
     // of memory: dozens of monitors share a node.
     unsafe {
@@ -79,7 +80,7 @@ fn main() -> anyhow::Result<()> {
         .thread_stack_size(256 * 1024)
         .build()
         .context("starting the runtime")?;
-    let result = runtime.block_on(run(inherited, begin_ns));
+    let result = runtime.block_on(run(inherited, begin_ns, tsc));
     // Threads that hang in a disk's write do not keep the process.
     runtime.shutdown_background();
     result
@@ -110,7 +111,7 @@ fn ignore_signals() {
     }
 }
 
-async fn run(inherited: Inherited, begin_ns: u64) -> anyhow::Result<()> {
+async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Result<()> {
     let span = tracing::info_span!("pod", sandbox = inherited.sandbox_id);
     let _entered = span.enter();
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
@@ -160,7 +161,7 @@ async fn run(inherited: Inherited, begin_ns: u64) -> anyhow::Result<()> {
         memory_bytes: inherited.vm.memory_bytes,
         kernel: inherited.kernel,
         initramfs: inherited.initramfs,
-        cmdline: format!("{} {}", vm::KERNEL_CMDLINE, inherited.vm.cmdline),
+        cmdline: vm::kernel_cmdline(qemu.accel, tsc, &inherited.vm.cmdline),
         net: inherited.tap.map(|tap| NetConfig {
             tap,
             mac: inherited.vm.mac,
