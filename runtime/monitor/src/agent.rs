@@ -55,7 +55,7 @@ mod deadline {
 
     pub const HELLO: Duration = Duration::from_secs(10);
     pub const CONFIGURE: Duration = Duration::from_secs(20);
-    pub const CREATE: Duration = Duration::from_secs(60);
+    pub const CREATE: Duration = Duration::from_mins(1);
     pub const START: Duration = Duration::from_secs(30);
     pub const EXEC: Duration = Duration::from_secs(20);
     pub const REMOVE: Duration = Duration::from_secs(30);

@@ -22,7 +22,7 @@ use tracing::{debug, warn};
 const MAX_TOKENS: usize = 64;
 
 /// How long a token may wait.
-const LIFETIME: Duration = Duration::from_secs(60);
+const LIFETIME: Duration = Duration::from_mins(1);
 
 /// Connections served at a time; more wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 8;

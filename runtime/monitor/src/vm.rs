@@ -51,7 +51,10 @@ pub fn kernel_cmdline(accel: Accel, tsc: TscMeter, more: &str) -> String {
         Accel::Tcg if !measured => tsc.tcg_cmdline(),
         Accel::Tcg | Accel::Kvm => String::new(),
     };
-    [KERNEL_CMDLINE, &clock, more].join(" ").trim_end().to_owned()
+    [KERNEL_CMDLINE, &clock, more]
+        .join(" ")
+        .trim_end()
+        .to_owned()
 }
 
 /// Starts the VM, waits for its end, and records why it ended. Has to run on the main thread: the

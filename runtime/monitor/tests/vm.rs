@@ -18,9 +18,24 @@ async fn a_pod_from_boot_to_shutdown() {
     let Some(mut pod) = Pod::ready().await else {
         return;
     };
-    let ready = pod.state_when(|state| state.state() == SandboxState::Ready).await;
-    let phases: Vec<&str> = ready.timeline.iter().map(|entry| entry.phase.as_str()).collect();
-    assert_eq!(phases, ["monitor start", "vm start", "guest kernel", "agent", "configure"]);
+    let ready = pod
+        .state_when(|state| state.state() == SandboxState::Ready)
+        .await;
+    let phases: Vec<&str> = ready
+        .timeline
+        .iter()
+        .map(|entry| entry.phase.as_str())
+        .collect();
+    assert_eq!(
+        phases,
+        [
+            "monitor start",
+            "vm start",
+            "guest kernel",
+            "agent",
+            "configure"
+        ]
+    );
     for pair in ready.timeline.windows(2) {
         assert!(pair[0].start_ns <= pair[0].end_ns && pair[0].end_ns <= pair[1].start_ns);
     }
@@ -41,9 +56,15 @@ async fn a_pod_from_boot_to_shutdown() {
     assert_eq!(running.state(), ContainerState::Running);
     let script = "echo out; echo err >&2; exit 7";
     let done = pod.exec(&id, &["sh", "-c", script], 0).await.unwrap();
-    assert_eq!((&done.stdout[..], &done.stderr[..]), (&b"out\n"[..], &b"err\n"[..]));
+    assert_eq!(
+        (&done.stdout[..], &done.stderr[..]),
+        (&b"out\n"[..], &b"err\n"[..])
+    );
     assert_eq!(done.exit_code, 7);
-    let large = pod.exec(&id, &["head", "-c", "3000000", "/dev/zero"], 0).await.unwrap();
+    let large = pod
+        .exec(&id, &["head", "-c", "3000000", "/dev/zero"], 0)
+        .await
+        .unwrap();
     assert_eq!(large.stdout.len(), 3_000_000);
     let late = pod.exec(&id, &["sleep", "1000"], 300).await.unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded);
@@ -63,9 +84,16 @@ async fn a_pod_from_boot_to_shutdown() {
         .await
         .unwrap();
 
-    let last = pod.client.shutdown(ShutdownRequest { grace_ms: 0 }).await.unwrap();
+    let last = pod
+        .client
+        .shutdown(ShutdownRequest { grace_ms: 0 })
+        .await
+        .unwrap();
     let last = last.into_inner().snapshot.unwrap();
-    assert_eq!((last.state(), last.reason.as_str()), (SandboxState::Stopped, "Shutdown"));
+    assert_eq!(
+        (last.state(), last.reason.as_str()),
+        (SandboxState::Stopped, "Shutdown")
+    );
     assert_eq!(last.containers.len(), 1);
     assert!(pod.monitor.wait().unwrap().success());
     let saved = fs::read(pod.dir.path().join("state")).unwrap();
@@ -80,8 +108,15 @@ async fn what_cannot_be_started_says_why() {
     let id = pod.create('a', &["no-such-program"]).await;
     let failed = pod.start(&id).await;
     assert_eq!(failed.state(), ContainerState::Exited);
-    assert_eq!((failed.exit_code, failed.reason.as_str()), (128, "StartError"));
-    assert!(failed.message.contains("no-such-program"), "{}", failed.message);
+    assert_eq!(
+        (failed.exit_code, failed.reason.as_str()),
+        (128, "StartError")
+    );
+    assert!(
+        failed.message.contains("no-such-program"),
+        "{}",
+        failed.message
+    );
 }
 
 #[tokio::test]
@@ -103,9 +138,15 @@ async fn a_log_is_whole_across_a_rotation() {
         pod.client.reopen_log(request).await.unwrap();
     }
     assert_eq!(pod.exited(&id).await.exit_code, 0);
-    let all: Vec<String> = ['0', '1', '2', 'a'].into_iter().flat_map(|name| pod.log(name)).collect();
+    let all: Vec<String> = ['0', '1', '2', 'a']
+        .into_iter()
+        .flat_map(|name| pod.log(name))
+        .collect();
     let expected = (1..=LINES).map(|number| format!("stdout F {number}"));
-    assert!(all.into_iter().eq(expected), "a line is lost, doubled or out of order");
+    assert!(
+        all.into_iter().eq(expected),
+        "a line is lost, doubled or out of order"
+    );
 }
 
 #[tokio::test]
@@ -121,19 +162,27 @@ async fn a_killed_vm_is_reported_at_once() {
         nix::sys::signal::Signal::SIGKILL,
     )
     .unwrap();
-    let stopped = pod.state_when(|state| state.state() == SandboxState::Stopped).await;
+    let stopped = pod
+        .state_when(|state| state.state() == SandboxState::Stopped)
+        .await;
     assert_eq!(stopped.reason, "VmmExited");
     let ended = common::container(&stopped, &id);
-    assert_eq!((ended.state(), ended.exit_code), (ContainerState::Exited, 137));
+    assert_eq!(
+        (ended.state(), ended.exit_code),
+        (ContainerState::Exited, 137)
+    );
     // The monitor is still there for who asks, until it is told to go.
-    pod.client.shutdown(ShutdownRequest { grace_ms: 0 }).await.unwrap();
+    pod.client
+        .shutdown(ShutdownRequest { grace_ms: 0 })
+        .await
+        .unwrap();
     assert!(pod.monitor.wait().unwrap().success());
 }
 
 #[tokio::test]
 async fn a_guest_that_panics_says_so() {
     // Its init is not there.
-    let Some(mut pod) = Pod::launch(PATIENCE, "rdinit=/nothing root=/dev/none").await else {
+    let Some(mut pod) = Pod::launch(PATIENCE, "rdinit=/nothing root=/dev/none") else {
         return;
     };
     let error = pod.configure().await.unwrap_err();
@@ -146,13 +195,17 @@ async fn a_guest_that_panics_says_so() {
         .await
         .unwrap()
         .into_inner();
-    let chunk = console.message().await.unwrap().expect("the kernel's words");
+    let chunk = console
+        .message()
+        .await
+        .unwrap()
+        .expect("the kernel's words");
     assert!(String::from_utf8_lossy(&chunk.data).contains("Kernel panic"));
 }
 
 #[tokio::test]
 async fn a_guest_that_does_not_come_up_in_time_is_given_up() {
-    let Some(mut pod) = Pod::launch(Duration::from_millis(250), "").await else {
+    let Some(mut pod) = Pod::launch(Duration::from_millis(250), "") else {
         return;
     };
     let error = pod.configure().await.unwrap_err();

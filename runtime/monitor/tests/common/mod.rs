@@ -8,7 +8,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
 use podvisor_monitor::fd_socket::{self, Token};
 use podvisor_monitor::launcher;
 use podvisor_proto::agent::ConfigureSandboxRequest;
@@ -27,14 +29,18 @@ const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const BUSYBOX: &str = "/bin/busybox";
 
 /// For anything a guest is waited for; it is slow when the machine is busy.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Paths of kernel and initramfs. `None`, and a word about it: something is not there.
 fn prerequisites() -> Option<[PathBuf; 2]> {
     let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest");
     let image = [guest.join("vmlinux"), guest.join("initramfs.cpio")];
     let tools = [QEMU, BUSYBOX, "/usr/bin/mkfs.erofs", "/usr/sbin/mkfs.ext4"];
-    for path in image.iter().map(PathBuf::as_path).chain(tools.map(Path::new)) {
+    for path in image
+        .iter()
+        .map(PathBuf::as_path)
+        .chain(tools.map(Path::new))
+    {
         if !path.exists() {
             println!("SKIPPED: {} is not there", path.display());
             return None;
@@ -52,7 +58,7 @@ pub struct Pod {
 
 impl Pod {
     /// Starts a monitor whose VM boots. `None`: a prerequisite is not there.
-    pub async fn launch(boot_timeout: Duration, cmdline: &str) -> Option<Self> {
+    pub fn launch(boot_timeout: Duration, cmdline: &str) -> Option<Self> {
         let [kernel, initramfs] = prerequisites()?;
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
@@ -103,7 +109,7 @@ impl Pod {
 
     /// A pod that is ready for containers.
     pub async fn ready() -> Option<Self> {
-        let mut pod = Self::launch(PATIENCE, "").await?;
+        let mut pod = Self::launch(PATIENCE, "")?;
         pod.configure().await.unwrap();
         Some(pod)
     }
@@ -117,7 +123,9 @@ impl Pod {
             sandbox: Some(sandbox),
             network: None,
         };
-        let answer = timeout(PATIENCE, self.client.configure(request)).await.unwrap()?;
+        let answer = timeout(PATIENCE, self.client.configure(request))
+            .await
+            .unwrap()?;
         Ok(answer.into_inner().snapshot.unwrap())
     }
 
@@ -161,31 +169,47 @@ impl Pod {
             ..CreateContainerRequest::default()
         };
         let id = request.id.clone();
-        let created = timeout(PATIENCE, self.client.create_container(request)).await.unwrap();
+        let created = timeout(PATIENCE, self.client.create_container(request))
+            .await
+            .unwrap();
         created.unwrap();
         id
     }
 
     pub async fn start(&mut self, id: &str) -> Container {
         let request = StartContainerRequest { id: id.to_owned() };
-        let started = timeout(PATIENCE, self.client.start_container(request)).await.unwrap();
+        let started = timeout(PATIENCE, self.client.start_container(request))
+            .await
+            .unwrap();
         container(&started.unwrap().into_inner().snapshot.unwrap(), id)
     }
 
-    pub async fn exec(&mut self, id: &str, args: &[&str], timeout_ms: u64) -> Result<ExecSyncResponse, Status> {
+    pub async fn exec(
+        &mut self,
+        id: &str,
+        args: &[&str],
+        timeout_ms: u64,
+    ) -> Result<ExecSyncResponse, Status> {
         let request = ExecSyncRequest {
             container_id: id.to_owned(),
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
             timeout_ms,
             output_limit: 16 << 20,
         };
-        let done = timeout(PATIENCE, self.client.exec_sync(request)).await.unwrap();
+        let done = timeout(PATIENCE, self.client.exec_sync(request))
+            .await
+            .unwrap();
         Ok(done?.into_inner())
     }
 
     /// The first state in which `condition` holds.
     pub async fn state_when(&mut self, condition: impl Fn(&Snapshot) -> bool) -> Snapshot {
-        let mut states = self.client.watch(WatchRequest {}).await.unwrap().into_inner();
+        let mut states = self
+            .client
+            .watch(WatchRequest {})
+            .await
+            .unwrap()
+            .into_inner();
         let seen = async {
             loop {
                 let state = states.message().await.unwrap().expect("a state");
@@ -217,13 +241,18 @@ impl Drop for Pod {
 }
 
 pub fn container(snapshot: &Snapshot, id: &str) -> Container {
-    let found = snapshot.containers.iter().find(|container| container.id == id);
+    let found = snapshot
+        .containers
+        .iter()
+        .find(|container| container.id == id);
     found.expect("a container of this id").clone()
 }
 
 pub fn now_ns() -> u64 {
     let now = std::time::SystemTime::now();
-    now.duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64
+    now.duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_nanos() as u64
 }
 
 fn seqpacket_listener(path: &Path) -> OwnedFd {
@@ -243,7 +272,9 @@ fn scratch(path: &Path) -> File {
         .open(path)
         .unwrap();
     file.set_len(256 << 20).unwrap();
-    run(Command::new("/usr/sbin/mkfs.ext4").args(["-q", "-F"]).arg(path));
+    run(Command::new("/usr/sbin/mkfs.ext4")
+        .args(["-q", "-F"])
+        .arg(path));
     file
 }
 
@@ -257,7 +288,9 @@ fn layer() -> File {
             fs::create_dir_all(root.join(name)).unwrap();
         }
         fs::copy(BUSYBOX, root.join("bin/busybox")).unwrap();
-        for applet in ["sh", "echo", "cat", "sleep", "true", "false", "head", "yes", "seq", "touch"] {
+        for applet in [
+            "sh", "echo", "cat", "sleep", "true", "false", "head", "yes", "seq", "touch",
+        ] {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
         let image = dir.path().join("busybox.erofs");
