@@ -55,7 +55,7 @@ mod deadline {
 
     pub const HELLO: Duration = Duration::from_secs(10);
     pub const CONFIGURE: Duration = Duration::from_secs(20);
-    pub const CREATE: Duration = Duration::from_secs(60);
+    pub const CREATE: Duration = Duration::from_mins(1);
     pub const START: Duration = Duration::from_secs(30);
     pub const EXEC: Duration = Duration::from_secs(20);
     pub const REMOVE: Duration = Duration::from_secs(30);
@@ -235,10 +235,7 @@ pub trait Observer {
 
 /// Keeps the connection to the agent: the first of `incoming`, and after it breaks the next. While
 /// one lives, others are turned away: any process in the guest can dial.
-pub async fn keep_link(
-    incoming: impl Stream<Item = UnixStream> + Unpin,
-    observer: &impl Observer,
-) {
+pub async fn keep_link(incoming: impl Stream<Item = UnixStream> + Unpin, observer: &impl Observer) {
     let mut incoming = incoming.fuse();
     let mut last_event = 0;
     while let Some(stream) = incoming.next().await {

@@ -167,7 +167,7 @@ mod tests {
         assert_eq!(end, 200_000 - CAPACITY as u64 + chunk.len() as u64);
         let (rest, end) = ring.chunk(199_999);
         assert_eq!((&rest[..], end), (&[19][..], 200_000));
-        ring.push(&[7; 2 * CAPACITY]);
+        ring.push(&vec![7; 2 * CAPACITY]);
         assert_eq!(ring.bytes.len(), CAPACITY);
         assert_eq!(ring.total, 200_000 + 2 * CAPACITY as u64);
     }

@@ -33,8 +33,8 @@ use std::time::Duration;
 use anyhow::Context;
 use podvisor_proto::monitor::monitor_server::MonitorServer;
 use podvisor_proto::monitor::{SandboxState, Snapshot};
-use podvisor_vmm::devices::vsock::VsockListener;
-use podvisor_vmm::{Access, NetConfig, SegmentMap, VmConfig, VsockDevice};
+use podvisor_vmm::qemu::TscMeter;
+use podvisor_vmm::{Access, NetConfig, SegmentMap, VmConfig, VsockDevice, VsockListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -67,6 +67,7 @@ fn main() -> anyhow::Result<()> {
         }
         return Ok(());
     }
+    let tsc = TscMeter::start();
     // SAFETY: first thing in the process, no other thread allocates yet. Few arenas and early return
     // of memory: dozens of monitors share a node.
     unsafe {
@@ -87,7 +88,7 @@ fn main() -> anyhow::Result<()> {
         .thread_stack_size(256 * 1024)
         .build()
         .context("starting the runtime")?;
-    let result = runtime.block_on(run(inherited, begin_ns));
+    let result = runtime.block_on(run(inherited, begin_ns, tsc));
     // Threads that hang in a disk's write do not keep the process.
     runtime.shutdown_background();
     result
@@ -118,7 +119,7 @@ fn ignore_signals() {
     }
 }
 
-async fn run(inherited: Inherited, begin_ns: u64) -> anyhow::Result<()> {
+async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Result<()> {
     let span = tracing::info_span!("pod", sandbox = inherited.sandbox_id);
     let _entered = span.enter();
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
@@ -168,7 +169,7 @@ async fn run(inherited: Inherited, begin_ns: u64) -> anyhow::Result<()> {
         memory_bytes: inherited.vm.memory_bytes,
         kernel: inherited.kernel,
         initramfs: inherited.initramfs,
-        cmdline: format!("{} {}", vm::KERNEL_CMDLINE, inherited.vm.cmdline),
+        cmdline: vm::kernel_cmdline(qemu.accel, tsc, &inherited.vm.cmdline),
         net: inherited.tap.map(|tap| NetConfig {
             tap,
             mac: inherited.vm.mac,
@@ -223,10 +224,7 @@ async fn serve(pod: &Arc<Pod>, listener: UnixListener) -> anyhow::Result<()> {
     let finished = pod.finished();
     let server = Server::builder()
         .add_service(MonitorServer::new(service::Service::new(Arc::clone(pod))))
-        .serve_with_incoming_shutdown(
-            UnixListenerStream::new(listener),
-            finished.cancelled(),
-        );
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), finished.cancelled());
     let server = std::pin::pin!(server);
     let close_deadline = async {
         finished.cancelled().await;

@@ -144,7 +144,9 @@ fn check_id(id: &str) -> Result<(), PodError> {
     if id.len() == 64 && id.bytes().all(hexadecimal) {
         return Ok(());
     }
-    Err(PodError::Invalid("a container id is 64 hexadecimal digits".to_owned()))
+    Err(PodError::Invalid(
+        "a container id is 64 hexadecimal digits".to_owned(),
+    ))
 }
 
 /// Everything in the request but the tokens, which differ from try to try.

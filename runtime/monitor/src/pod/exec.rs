@@ -90,7 +90,9 @@ impl Pod {
         let container_id = request.container_id.as_str();
         self.container(container_id)?;
         if self.state.container_state(container_id) != Some(ContainerState::Running) {
-            return Err(PodError::State(format!("container {container_id} is not running")));
+            return Err(PodError::State(format!(
+                "container {container_id} is not running"
+            )));
         }
         if request.args.is_empty() {
             return Err(PodError::Invalid("no command".to_owned()));
@@ -171,11 +173,7 @@ impl Exec<'_> {
     }
 
     /// Reads the output and waits for the end.
-    async fn run(
-        &mut self,
-        streams: Streams,
-        limit: usize,
-    ) -> Result<ExecSyncResponse, PodError> {
+    async fn run(&mut self, streams: Streams, limit: usize) -> Result<ExecSyncResponse, PodError> {
         let ended = CancellationToken::new();
         let stdout = capture(streams.stdout, limit, DRAIN_GRACE, ended.clone());
         let stderr = capture(streams.stderr, limit, DRAIN_GRACE, ended.clone());
@@ -210,7 +208,11 @@ impl Exec<'_> {
 
     /// Kills the command and all it started, and waits for its end.
     async fn kill(&mut self) {
-        debug!(container = self.container_id, exec = self.id, "killing a command");
+        debug!(
+            container = self.container_id,
+            exec = self.id,
+            "killing a command"
+        );
         let request = SignalRequest {
             container_id: self.container_id.to_owned(),
             exec_id: self.id.clone(),
@@ -222,7 +224,10 @@ impl Exec<'_> {
             return;
         }
         if timeout(KILL_DEADLINE, &mut self.exit).await.is_err() {
-            warn!(container = self.container_id, "a killed command does not end");
+            warn!(
+                container = self.container_id,
+                "a killed command does not end"
+            );
         }
     }
 }

@@ -267,7 +267,9 @@ impl Pod {
         self.agent.send_replace(None);
         self.execs.clear();
         let containers: Vec<Arc<Container>> = self.containers().values().cloned().collect();
-        let drains = containers.iter().filter_map(|container| container.take_pump());
+        let drains = containers
+            .iter()
+            .filter_map(|container| container.take_pump());
         // The device has closed the streams; what had arrived is on its way to the logs.
         futures_util::future::join_all(drains.map(|pump| pump.drain_for(VM_GONE_DRAIN))).await;
 
@@ -345,7 +347,9 @@ impl Observer for Arc<Pod> {
         self.state.update(|snapshot| {
             first = snapshot.agent_version.is_empty();
             hello.agent_version.clone_into(&mut snapshot.agent_version);
-            hello.kernel_release.clone_into(&mut snapshot.kernel_release);
+            hello
+                .kernel_release
+                .clone_into(&mut snapshot.kernel_release);
             snapshot.guest_memory_total_bytes = hello.memory_total_bytes;
             snapshot.guest_memory_available_bytes = hello.memory_available_bytes;
             if first {
