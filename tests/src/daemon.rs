@@ -353,13 +353,19 @@ impl Daemon {
         self.assert_nothing_left_but(&[]);
     }
 
+    /// What pods have on the host, seen without asking podvisor.
+    pub fn pod_resources(&self) -> Vec<String> {
+        let daemon = self.process.is_some().then(|| self.pid());
+        self.instance.pod_resources(daemon)
+    }
+
     /// [`Daemon::assert_nothing_left`], but for resources of some kinds.
     pub fn assert_nothing_left_but(&self, kinds: &[&str]) {
         assert_eq!(self.leaks(), "", "podvisor check --leaks");
         // What ends with a process or a namespace is gone a moment after it.
         let mut left = Vec::new();
         let gone = (0..100).any(|_| {
-            left = self.instance.pod_resources();
+            left = self.pod_resources();
             left.retain(|line| !kinds.iter().any(|kind| line.starts_with(kind)));
             let none = left.is_empty();
             if !none {
