@@ -24,8 +24,18 @@ use crate::netlink::{Netlink, io_error};
 use crate::netns::NetnsError;
 use crate::types::{Cidr, Route};
 
-nix::ioctl_readwrite_bad!(get_flags, libc::SIOCGIFFLAGS, libc::ifreq);
-nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS, libc::ifreq);
+nix::ioctl_readwrite_bad!(
+    /// Reads a device's flags, netdevice(7).
+    get_flags,
+    libc::SIOCGIFFLAGS,
+    libc::ifreq
+);
+nix::ioctl_write_ptr_bad!(
+    /// Sets a device's flags, netdevice(7).
+    set_flags,
+    libc::SIOCSIFFLAGS,
+    libc::ifreq
+);
 
 /// What can go wrong when a device is read.
 #[derive(Debug, thiserror::Error)]
