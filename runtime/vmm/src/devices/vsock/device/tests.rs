@@ -452,10 +452,11 @@ fn a_slow_host_stops_the_guest_and_loses_nothing() {
         }
         credit = header_credit(WINDOW, sent.len(), taken);
     }
-    assert_eq!(
-        rig.device.muxer.waiting(),
-        WINDOW as usize,
-        "the socket is full, and so is the window"
+    // The socket is full, and so is the window, except for what is not worth a packet yet.
+    let waiting = rig.device.muxer.waiting();
+    assert!(
+        (3 * WINDOW as usize / 4..=WINDOW as usize).contains(&waiting),
+        "{waiting}"
     );
 
     // The guest closes for good: it is told at once that it may forget, the host still gets all of it.
