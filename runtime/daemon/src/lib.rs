@@ -1,1 +1,3 @@
 //! podvisord as a library.
+
+pub mod config;
