@@ -176,7 +176,6 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
         }),
         disk,
         vsock: vsock_device,
-        work_dir: inherited.dir_path,
         console: console_writer,
     };
     pod.add_phase("monitor start", begin_ns, now_ns());
