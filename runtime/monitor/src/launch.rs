@@ -5,7 +5,6 @@ use std::collections::HashSet;
 use std::io::{self, Read};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use podvisor_monitor::launcher::inherited_fds;
