@@ -7,14 +7,15 @@ use podvisor_proto::agent::{
     ExecRequest, HelloRequest, ResizeRequest, SignalRequest, StartContainerRequest, Stdio,
 };
 use serde_json::json;
-use support::{Guest, PATIENCE, read, sandbox, spec};
+use support::local::{self, SCRATCH};
+use support::{PATIENCE, read, sandbox, spec};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use tonic::Code;
 
 #[tokio::test]
 async fn a_container_runs_as_its_spec_says() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     let hello = guest
         .client
         .hello(HelloRequest { version: 1 })
@@ -50,7 +51,7 @@ async fn a_container_runs_as_its_spec_says() {
 
 #[tokio::test]
 async fn users_come_from_the_image_and_may_open_their_streams() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     let script = "id; echo again > /dev/stdout; echo $HOME";
     let mut private = spec(&["sh", "-c", script]);
     private["process"]["noNewPrivileges"] = json!(true);
@@ -82,7 +83,7 @@ async fn users_come_from_the_image_and_may_open_their_streams() {
 
 #[tokio::test]
 async fn an_owners_program_runs_and_what_is_no_program_fails_with_words() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     assert_eq!(guest.run("c0", &spec(&["own"]), "").await.0, "own\n");
     for (id, program, words) in [
         (
@@ -113,9 +114,13 @@ async fn an_owners_program_runs_and_what_is_no_program_fails_with_words() {
 
 #[tokio::test]
 async fn repeated_calls_get_the_same_answer() {
-    let mut guest = Guest::start().await;
-    guest.client.configure_sandbox(sandbox()).await.unwrap();
-    let mut other = sandbox();
+    let mut guest = local::start().await;
+    guest
+        .client
+        .configure_sandbox(sandbox(SCRATCH))
+        .await
+        .unwrap();
+    let mut other = sandbox(SCRATCH);
     other.hostname = "pod-2".to_owned();
     let refused = guest.client.configure_sandbox(other).await.unwrap_err();
     assert_eq!(refused.code(), Code::AlreadyExists);
@@ -169,7 +174,7 @@ async fn repeated_calls_get_the_same_answer() {
 
 #[tokio::test]
 async fn an_exec_has_the_containers_limits() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     guest
         .create("c1", &spec(&["sleep", "1000"]), "web")
         .await
@@ -196,7 +201,7 @@ async fn an_exec_has_the_containers_limits() {
 
 #[tokio::test]
 async fn input_ends_where_the_host_says() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     guest.create("c1", &spec(&["cat"]), "").await.unwrap();
     let (stdin, mut input) = guest.stream(1).await;
     let (stdout, mut output) = guest.stream(2).await;
@@ -217,7 +222,7 @@ async fn input_ends_where_the_host_says() {
 
 #[tokio::test]
 async fn signals_reach_one_process_or_all() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     let handler = "trap 'exit 9' TERM; echo ready; while true; do sleep 0.1; done";
     guest
         .create("c1", &spec(&["sh", "-c", handler]), "")
@@ -285,7 +290,7 @@ async fn signals_reach_one_process_or_all() {
 
 #[tokio::test]
 async fn a_terminal_is_one_stream_with_a_size() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     let mut shell = spec(&[
         "sh",
         "-c",
@@ -352,7 +357,7 @@ async fn a_terminal_is_one_stream_with_a_size() {
 
 #[tokio::test]
 async fn containers_may_share_the_pods_processes() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     let shared = |args: &[&str]| {
         let mut spec = spec(args);
         spec["linux"]["namespaces"][1]["path"] = json!("pod");
@@ -389,7 +394,7 @@ async fn containers_may_share_the_pods_processes() {
 
 #[tokio::test]
 async fn layers_are_shared_and_released_by_the_last() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     guest
         .create("c1", &spec(&["sleep", "1000"]), "")
         .await
@@ -413,7 +418,7 @@ async fn layers_are_shared_and_released_by_the_last() {
 
 #[tokio::test]
 async fn events_come_once_each_and_in_order() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     for id in ["c1", "c2", "c3"] {
         guest.create(id, &spec(&["true"]), "").await.unwrap();
         guest.start_quietly(id).await.unwrap();
@@ -427,7 +432,7 @@ async fn events_come_once_each_and_in_order() {
 
 #[tokio::test(start_paused = false)]
 async fn a_start_without_its_stream_fails_and_can_be_repeated() {
-    let mut guest = Guest::start().await;
+    let mut guest = local::start().await;
     guest
         .create("c1", &spec(&["echo", "late"]), "")
         .await

@@ -1,15 +1,19 @@
-//! An agent in namespaces of this machine, with a loop device as the pod's disk. Everything but vsock and
-//! the guest's kernel is the real thing. Needs root, loop devices, EROFS, ext4 and overlayfs,
-//! `mkfs.erofs`, `mkfs.ext4`, `losetup`, and a static busybox.
+//! A real agent: in namespaces of this machine with a loop device as the pod's disk ([`local`]), or in a
+//! VM ([`vm`]). Needs root, `mkfs.erofs`, `mkfs.ext4`, `losetup` and a static busybox; the first needs
+//! EROFS, ext4 and overlayfs in this machine's kernel.
+
+// Each test binary uses its part.
+#![allow(dead_code)]
+
+pub mod local;
+pub mod vm;
 
 use std::collections::HashMap;
-use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use hyper_util::rt::TokioIo;
 use podvisor_proto::agent::agent_client::AgentClient;
 use podvisor_proto::agent::event::Kind;
 use podvisor_proto::agent::{
@@ -21,31 +25,25 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tonic::Status;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 /// Far more than anything here takes.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Where the scratch area begins on the disk, and its size: 64 MiB.
-const SCRATCH: Segment = Segment {
-    start: 1 << 30,
-    length: 64 << 20,
-};
 
 /// A running agent and its client.
 pub struct Guest {
     pub client: AgentClient<Channel>,
     /// One image layer with busybox.
     pub layer: Segment,
-    directory: tempfile::TempDir,
-    _host: Host,
+    streams: Streams,
+    /// What has to live as long as the guest.
+    _keep: Box<dyn std::any::Any + Send>,
 }
 
-/// What an agent takes of this machine, given back when it is dropped.
-struct Host {
-    agent: Child,
-    cgroup: PathBuf,
-    loop_device: String,
+/// How to reach the agent's streams.
+enum Streams {
+    Unix(PathBuf),
+    Vsock(podvisor_vmm::VsockHandle),
 }
 
 fn command(program: &str, arguments: &[&str]) -> String {
@@ -68,8 +66,7 @@ fn make_root(root: &Path) {
         std::fs::create_dir_all(root.join(directory)).unwrap();
     }
     std::fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-    let applets =
-        "sh cat echo sleep id stty ps kill head wc true false ls grep tr hostname env dd touch";
+    let applets = "sh cat echo sleep id stty ps kill head wc true false ls grep tr hostname env dd touch date";
     for applet in applets.split(' ') {
         symlink("busybox", root.join("bin").join(applet)).unwrap();
     }
@@ -86,86 +83,13 @@ fn make_root(root: &Path) {
 }
 
 impl Guest {
-    /// Starts an agent and configures its sandbox.
-    pub async fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
-        make_root(&directory.path().join("root"));
-        command("mkfs.erofs", &["--quiet", &path("disk"), &path("root")]);
-        let length = std::fs::metadata(path("disk")).unwrap().len();
-        let layer = Segment {
-            start: 0,
-            length: length.next_multiple_of(4096),
-        };
-        let disk = std::fs::File::options()
-            .write(true)
-            .open(path("disk"))
-            .unwrap();
-        disk.set_len(SCRATCH.start + SCRATCH.length).unwrap();
-        drop(disk);
-        let offset = format!("offset={}", SCRATCH.start);
-        command("mkfs.ext4", &["-q", "-E", &offset, &path("disk"), "64m"]);
-        let loop_device = command(
-            "losetup",
-            &["--find", "--show", "--partscan", &path("disk")],
-        );
-
-        // A part of the hierarchy of its own: the agent takes what it sees for all there is.
-        let cgroup = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
-            .iter()
-            .map(Path::new)
-            .find(|mount| {
-                mount.join("cgroup.procs").exists() && mount.join("cgroup.controllers").exists()
-            })
-            .expect("a cgroup2 mount")
-            .join(format!(
-                "agent-test-{}",
-                loop_device.rsplit('/').next().unwrap()
-            ));
-        std::fs::create_dir_all(cgroup.join("outside")).unwrap();
-        // The agent's root group must not have processes; unshare itself stays in "outside".
-        let script = "echo 0 > $0/cgroup.procs && exec unshare --cgroup sh -c \
-            'echo 0 > $0/outside/cgroup.procs && exec \"$@\"' \"$0\" \"$@\"";
-        let unshare = [
-            "unshare",
-            "--fork",
-            "--kill-child",
-            "-pmiun",
-            "--propagation",
-            "private",
-        ];
-        let agent = Command::new("sh")
-            .args(["-c", script])
-            .arg(&cgroup)
-            .args(unshare)
-            .arg(env!("CARGO_BIN_EXE_podvisor-agent"))
-            .args(["--listen", &format!("unix:{}", path("agent"))])
-            .args(["--disk", &loop_device])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let host = Host {
-            agent,
-            cgroup,
-            loop_device,
-        };
-        let client = connect(directory.path().join("agent")).await;
-        let mut guest = Self {
-            client,
-            layer,
-            directory,
-            _host: host,
-        };
-        guest.client.configure_sandbox(sandbox()).await.unwrap();
-        guest
-    }
-
     /// Dials a stream and sends its token: 16 times the same byte.
     pub async fn stream(&self, token: u8) -> (Vec<u8>, UnixStream) {
         let token = vec![token; 16];
-        let mut stream = UnixStream::connect(self.directory.path().join("agent.streams"))
-            .await
-            .unwrap();
+        let mut stream = match &self.streams {
+            Streams::Unix(path) => UnixStream::connect(path).await.unwrap(),
+            Streams::Vsock(vsock) => vsock.connect(1025).await.unwrap(),
+        };
         stream.write_all(&token).await.unwrap();
         (token, stream)
     }
@@ -291,59 +215,14 @@ impl Guest {
     }
 }
 
-impl Drop for Host {
-    fn drop(&mut self) {
-        // --kill-child takes the whole pid namespace along.
-        let _ = self.agent.kill();
-        let _ = self.agent.wait();
-        let _ = std::fs::write(self.cgroup.join("cgroup.kill"), "1");
-        let _ = Command::new("losetup")
-            .args(["--detach", &self.loop_device])
-            .status();
-        remove_cgroups(&self.cgroup);
-    }
-}
-
-fn remove_cgroups(cgroup: &Path) {
-    for entry in std::fs::read_dir(cgroup).into_iter().flatten().flatten() {
-        if entry.path().is_dir() {
-            remove_cgroups(&entry.path());
-        }
-    }
-    // Killed processes leave their group a moment after they are reaped.
-    for _ in 0..100 {
-        if std::fs::remove_dir(cgroup).is_ok() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-async fn connect(socket: PathBuf) -> AgentClient<Channel> {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
-    // The only wait of these tests that looks again: a socket file tells nobody when it appears.
-    while !socket.exists() {
-        assert!(tokio::time::Instant::now() < deadline, "the agent listens");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    let channel = Endpoint::from_static("http://agent")
-        .connect_with_connector(tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(socket).await?)) }
-        }))
-        .await
-        .unwrap();
-    AgentClient::new(channel)
-}
-
 /// The configuration of every test's sandbox.
-pub fn sandbox() -> ConfigureSandboxRequest {
+pub fn sandbox(scratch: Segment) -> ConfigureSandboxRequest {
     ConfigureSandboxRequest {
         hostname: "pod-1".to_owned(),
         resolv_conf: "nameserver 192.0.2.1\n".to_owned(),
         hosts: "192.0.2.2 pod-1\n".to_owned(),
         sysctls: HashMap::from([("kernel.shm_rmid_forced".to_owned(), "1".to_owned())]),
-        scratch: Some(SCRATCH),
+        scratch: Some(scratch),
         // 0: this machine's clock stays as it is.
         time_ns: 0,
         shm_bytes: 0,
