@@ -95,8 +95,7 @@ async fn live(
     };
     tokio::select! {
         exit = vm.exited() => return exit_reason(pod, exit).await,
-        true = booted => {}
-        else => {
+        booted = booted => if !booted {
             vm.kill().await;
             let message = with_console(pod, &boot_timeout_message(boot_timeout)).await;
             return ("BootTimeout", message);
