@@ -201,9 +201,12 @@ fn logs_that_cannot_be_written() {
     // A file where the directory is to be.
     let mut pod = daemon.pod("no-logs");
     pod.config["log_directory"] = json!("/proc/version/logs");
-    let ran = daemon.try_run_pod(&pod);
+    let id = daemon.run_pod(&pod);
+    let ran = daemon.try_create(&id, &pod, &shell("c", &busybox(), "true"));
     assert_ne!(ran.code, 0);
     assert!(ran.stderr.contains("/proc/version"), "{}", ran.stderr);
+    assert_eq!(daemon.cri().containers(), vec![]);
+    daemon.crictl(&["rmp", "-f", &id]).ok();
     daemon.assert_nothing_left();
 
     // A disk that fills up under a log: the container goes on.
