@@ -30,10 +30,12 @@ pub fn set_up() -> io::Result<()> {
     let agent = root.join("agent");
     std::fs::create_dir_all(&agent)?;
     std::fs::write(agent.join("cgroup.procs"), "0")?;
-    let controllers: String = std::fs::read_to_string(root.join("cgroup.controllers"))?
+    let available = std::fs::read_to_string(root.join("cgroup.controllers"))?;
+    let controllers: Vec<String> = available
         .split_whitespace()
-        .map(|controller| format!("+{controller} "))
+        .map(|controller| format!("+{controller}"))
         .collect();
+    let controllers = controllers.join(" ");
     let containers = root.join(CONTAINERS.trim_start_matches('/'));
     std::fs::create_dir_all(&containers)?;
     for group in [root, &containers] {

@@ -27,6 +27,7 @@ use podvisor_proto::agent::{ConfigureSandboxRequest, ResolvedUser, Stdio};
 use tokio::task::JoinError;
 
 use crate::cgroup::Cgroup;
+use crate::device_filter::DeviceFilter;
 use crate::disk::{Disk, DiskError};
 use crate::events::Events;
 use crate::launcher::{LaunchError, Launcher};
@@ -169,6 +170,7 @@ struct Container {
     process: Process,
     /// File with the seccomp filter of each exec.
     seccomp: Option<PathBuf>,
+    devices: Option<DeviceFilter>,
     turn: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     execs: Mutex<Execs>,

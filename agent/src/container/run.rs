@@ -46,6 +46,11 @@ impl Pod {
         }
         let cgroup = Cgroup::create_for_container(&container.id)
             .map_err(kernel("making the control group"))?;
+        if let Some(devices) = &container.devices {
+            devices
+                .attach(&cgroup)
+                .map_err(kernel("restricting the use of devices"))?;
+        }
         let memory = self.0.watch.memory(&container.id, &cgroup);
         match self
             .launch(&container, stdio, wiring, &cgroup, memory)

@@ -138,6 +138,7 @@ pub async fn boot() -> Option<VmGuest> {
         guest: Guest {
             client,
             layer,
+            namespaces: None,
             streams: Streams::Vsock(vsock),
             _keep: Box::new((control, directory)),
         },
