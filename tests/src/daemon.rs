@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 
 use crate::cri::Cri;
 use crate::host::Instance;
-use crate::{PATIENCE, built, eventually, output_of, rig};
+use crate::{PATIENCE, built, eventually, finished, output_of, rig};
 
 /// Daemons that run at the same time, each with its VMs. More do not get a machine done sooner.
 fn slots() -> usize {
@@ -334,11 +334,7 @@ impl Daemon {
 
     /// What `podvisor check --leaks` prints.
     pub fn leaks(&self) -> String {
-        let output = self
-            .cli()
-            .args(["check", "--leaks"])
-            .output()
-            .expect("it runs");
+        let output = finished(self.cli().args(["check", "--leaks"]));
         let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
         said.push_str(&String::from_utf8_lossy(&output.stderr));
         if said.is_empty() {
@@ -353,13 +349,19 @@ impl Daemon {
         self.assert_nothing_left_but(&[]);
     }
 
+    /// What pods have on the host, seen without asking podvisor.
+    pub fn pod_resources(&self) -> Vec<String> {
+        let daemon = self.process.is_some().then(|| self.pid());
+        self.instance.pod_resources(daemon)
+    }
+
     /// [`Daemon::assert_nothing_left`], but for resources of some kinds.
     pub fn assert_nothing_left_but(&self, kinds: &[&str]) {
         assert_eq!(self.leaks(), "", "podvisor check --leaks");
         // What ends with a process or a namespace is gone a moment after it.
         let mut left = Vec::new();
         let gone = (0..100).any(|_| {
-            left = self.instance.pod_resources();
+            left = self.pod_resources();
             left.retain(|line| !kinds.iter().any(|kind| line.starts_with(kind)));
             let none = left.is_empty();
             if !none {

@@ -211,7 +211,8 @@ impl Shared {
     }
 
     fn honest(&self, request: &Request) -> Honest {
-        if request.path == "/token" {
+        // Some clients try OAuth 2, a POST, first.
+        if request.path == "/token" && request.method == "GET" {
             return self.token(request);
         }
         let authorized = self.token_for.is_none()

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
@@ -136,12 +136,12 @@ impl Instance {
         found
     }
 
-    /// Everything that belongs to a pod of this instance, one line each. Empty when no pod is left.
-    pub fn pod_resources(&self) -> Vec<String> {
+    /// Everything of this instance but the process `daemon`, one line each. Empty when no pod is left.
+    pub fn pod_resources(&self, daemon: Option<Pid>) -> Vec<String> {
         let mut found = Vec::new();
         let mut note = |kind: &str, what: String| found.push(format!("{kind}: {what}"));
-        for (_, process) in self.processes() {
-            if !process.contains("/podvisord ") {
+        for (pid, process) in self.processes() {
+            if Some(pid) != daemon {
                 note("process", process);
             }
         }
@@ -176,23 +176,60 @@ impl Instance {
                 note("address", name.into_owned());
             }
         }
-        for rule in self.firewall() {
-            note("firewall", rule);
+        for (program, rule) in self.firewall() {
+            note("firewall", format!("{program} {rule}"));
         }
         found
     }
 
-    /// Rules of the CNI plugins that name an address of the instance.
-    fn firewall(&self) -> Vec<String> {
-        let prefix = format!("10.{}.0.", self.number);
-        let Ok(output) = Command::new("iptables-save").args(["-t", "nat"]).output() else {
-            return Vec::new();
+    /// Rules of the CNI plugins that name the instance's network, and the program that shows them.
+    fn firewall(&self) -> Vec<(&'static str, String)> {
+        let marks = [
+            format!("10.{}.0.", self.number),
+            format!("fd00:{}::", self.number),
+            format!("\"{}\\\"", self.bridge()),
+        ];
+        let mut rules = Vec::new();
+        for program in ["iptables", "ip6tables"] {
+            let save = Command::new(format!("{program}-save"))
+                .args(["-t", "nat"])
+                .output();
+            let text = save.map_or_else(|_| Vec::new(), |output| output.stdout);
+            for line in String::from_utf8_lossy(&text).lines() {
+                if marks.iter().any(|mark| line.contains(mark)) {
+                    rules.push((program, line.to_owned()));
+                }
+            }
+        }
+        rules
+    }
+
+    /// Deletes [`Instance::firewall`] and the chains that its rules lead to.
+    fn clear_firewall(&self) {
+        let iptables = |program: &str, arguments: &str| {
+            // Rules are shown quoted for a shell.
+            let line = format!("{program} -w -t nat {arguments}");
+            let _ = Command::new("sh")
+                .args(["-c", &line])
+                .stderr(Stdio::null())
+                .status();
         };
-        String::from_utf8_lossy(&output.stdout)
-            .lines()
-            .filter(|line| line.contains(&prefix))
-            .map(Into::into)
-            .collect()
+        let rules = self.firewall();
+        for (program, rule) in &rules {
+            iptables(program, &rule.replacen("-A ", "-D ", 1));
+        }
+        for (program, rule) in &rules {
+            let chain = rule
+                .rsplit("-j ")
+                .next()
+                .and_then(|rest| rest.split(' ').next());
+            // Those of one container, not those of the plugin.
+            if let Some(chain) = chain.filter(|chain| chain.starts_with("CNI-") && chain.len() > 24)
+            {
+                iptables(program, &format!("-F {chain}"));
+                iptables(program, &format!("-X {chain}"));
+            }
+        }
     }
 
     /// Ends and removes everything of the instance.
@@ -209,6 +246,7 @@ impl Instance {
         for mount in self.mounts() {
             let _ = umount2(&mount, MntFlags::MNT_DETACH);
         }
+        self.clear_firewall();
         for cgroup in self.cgroups() {
             remove_cgroup(&cgroup);
             if let Some(parent) = cgroup.parent() {

@@ -79,6 +79,31 @@ pub fn stdout(path: &Path) -> Vec<String> {
     stream(path, "stdout")
 }
 
+/// Fails with the first line that differs: logs can be long.
+pub fn assert_same(lines: &[String], wanted: &[String]) {
+    let differs = lines
+        .iter()
+        .zip(wanted)
+        .position(|(line, other)| line != other);
+    let at = differs.unwrap_or(lines.len().min(wanted.len()));
+    let short = |lines: &[String]| {
+        let line = lines.get(at).map_or("the end", |line| line.as_str());
+        format!("{:.100} ({} bytes)", line, line.len())
+    };
+    assert!(
+        differs.is_none() && lines.len() == wanted.len(),
+        "line {at} of {}: {}, wanted: {}",
+        lines.len(),
+        short(lines),
+        short(wanted)
+    );
+}
+
+/// The numbers from 1 to `last`, a line each: what `seq` writes.
+pub fn seq(last: usize) -> Vec<String> {
+    (1..=last).map(|number| number.to_string()).collect()
+}
+
 /// Waits until a line of standard output is `wanted`.
 pub fn wait_for(path: &Path, wanted: &str) {
     eventually(&format!("{wanted:?} in {}", path.display()), || {

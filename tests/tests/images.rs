@@ -19,7 +19,14 @@ fn images(daemon: &Daemon) -> Vec<Value> {
 
 /// Runs a shell script in a container of an image and returns the lines it wrote.
 fn run_in(daemon: &Daemon, image: &str, script: &str) -> Vec<String> {
-    let pod = daemon.pod("run-in");
+    let pod = daemon.pod(&format!(
+        "run-{}",
+        image
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .replace(':', "-")
+    ));
     let id = daemon.run_pod(&pod);
     let container = daemon.create_started(&id, &pod, &shell("c", image, script));
     let status = daemon.cri().wait_exit(&container);
@@ -168,7 +175,7 @@ fn every_form_of_image() {
     };
     let foreign = made(Format::Oci, "foreign", Compression::Gzip);
     let list = |format| {
-        let own = made(format, "mine", Compression::Gzip);
+        let own = made(format, &format!("{format:?}"), Compression::Gzip);
         Image::index(
             format,
             &[("linux/s390x", foreign.clone()), ("linux/amd64", own)],
@@ -190,8 +197,8 @@ fn every_form_of_image() {
             made(Format::Docker, "docker", Compression::Gzip),
             "docker",
         ),
-        ("index:1", list(Format::Oci), "mine"),
-        ("list:1", list(Format::Docker), "mine"),
+        ("index:1", list(Format::Oci), "Oci"),
+        ("list:1", list(Format::Docker), "Docker"),
     ] {
         registry.push(name, &image);
         let name = registry.name(name);

@@ -62,10 +62,7 @@ fn a_pod_without_containers() {
     assert_eq!(ids(&pods(&daemon, &[])), [&id]);
     assert_eq!(ids(&pods(&daemon, &["--state", "ready"])), [&id]);
     assert_eq!(daemon.leaks(), "");
-    assert!(
-        !daemon.instance.pod_resources().is_empty(),
-        "a VM has processes"
-    );
+    assert!(!daemon.pod_resources().is_empty(), "a VM has processes");
 
     daemon.crictl(&["stopp", &id]).ok();
     let status = daemon.inspect_pod(&id);
@@ -150,8 +147,13 @@ fn attributes_are_preserved() {
         assert_eq!(item["labels"], labels);
         assert_eq!(item["annotations"], annotations);
         let image = podvisor_tests::oci::busybox().id();
-        assert_eq!(item["imageRef"], image);
         assert_eq!(item["imageId"], image);
+        assert!(
+            item["imageRef"]
+                .as_str()
+                .is_some_and(|name| !name.is_empty()),
+            "{item}"
+        );
     }
 }
 
@@ -169,7 +171,7 @@ fn what_a_pod_gives_its_containers() {
     let id = daemon.run_pod(&pod);
     daemon.crictl(&["pull", &busybox()]).ok();
     let script = "hostname; cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start
-        cat /etc/resolv.conf; grep -c test-hostname /etc/hosts; grep -c localhost /etc/hosts > /dev/null && echo localhost
+        cat /etc/resolv.conf; grep -q test-hostname /etc/hosts && echo named; grep -q localhost /etc/hosts && echo localhost
         [ -c /dev/null ] && [ -d /proc/1 ] && [ -d /sys/class ] && echo mounts
         echo x > /dev/shm/x && cat /dev/shm/x; id -u; pwd; echo $PATH";
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), script));
@@ -182,13 +184,13 @@ fn what_a_pod_gives_its_containers() {
         "nameserver 10.10.10.10",
         "nameserver fd00::53",
         "options ndots:8",
-        "1",
+        "named",
         "localhost",
         "mounts",
         "x",
         "0",
         "/",
-        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "/bin",
     ];
     let mut lines = logs::stdout(&pod.log("c"));
     // resolv.conf's lines may have any order.

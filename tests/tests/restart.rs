@@ -73,8 +73,7 @@ fn a_killed_daemon_comes_back_to_its_pods() {
     daemon.cri().wait_exit(&counts);
     let mut lines = logs::stdout(&pod.log("counts"));
     assert_eq!(lines.pop().as_deref(), Some("end"));
-    let wanted: Vec<String> = (1..=lines.len()).map(|n| n.to_string()).collect();
-    assert!(lines == wanted, "a gap in {} lines", lines.len());
+    logs::assert_same(&lines, &logs::seq(lines.len()));
     // Names are still taken.
     daemon.try_run_pod(&pod).failed("AlreadyExists");
 }

@@ -221,13 +221,13 @@ impl Pod {
         });
     }
 
-    /// Runs a command in a container to its end, at most `timeout_s` seconds; its exit code.
+    /// ExecSync: runs a command in a container to its end, at most `timeout_s` seconds.
     pub async fn exec(
         &self,
         container: &str,
         command: &[&str],
         timeout_s: i64,
-    ) -> Result<i32, ClientError> {
+    ) -> Result<cri::ExecSyncResponse, ClientError> {
         let request = cri::ExecSyncRequest {
             container_id: container.to_owned(),
             cmd: command.iter().map(|&word| word.to_owned()).collect(),
@@ -236,10 +236,7 @@ impl Pod {
         let deadline = client::CALL + Duration::from_secs(timeout_s.unsigned_abs());
         let mut runtime = self.daemon.runtime.clone();
         let response = runtime.exec_sync(client::within(deadline, request)).await;
-        Ok(response
-            .map_err(client::failed("ExecSync"))?
-            .into_inner()
-            .exit_code)
+        Ok(response.map_err(client::failed("ExecSync"))?.into_inner())
     }
 
     /// What the monitor knows now.

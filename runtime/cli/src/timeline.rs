@@ -35,6 +35,13 @@ pub fn from_info(info: &HashMap<String, String>) -> Vec<Phase> {
         .unwrap_or_default()
 }
 
+/// From the VMM's start to the agent's call, in milliseconds: the monitor's phases "vm start" to
+/// "agent".
+pub fn boot_ms(phases: &[Phase]) -> Option<f64> {
+    let find = |name| phases.iter().find(|phase| phase.name == name);
+    Some(find("agent")?.end_ms - find("vm start")?.start_ms)
+}
+
 /// The phases as a table with a bar for each, to the same scale.
 pub fn render(phases: &[Phase]) -> String {
     let end = phases.iter().map(|phase| phase.end_ms).fold(0.0, f64::max);
@@ -85,6 +92,23 @@ mod tests {
         assert_eq!(lines[2].matches('█').count(), 30);
         assert!(lines[2].contains("300.0"), "{text}");
         assert!(lines[3].ends_with('▏'), "{text}");
+    }
+
+    #[test]
+    fn the_boot_is_from_the_vmm_to_the_agent() {
+        let phase = |name: &str, start_ms, end_ms| Phase {
+            name: name.into(),
+            start_ms,
+            end_ms,
+        };
+        let mut phases = vec![
+            phase("vm start", 50.0, 150.0),
+            phase("guest kernel", 150.0, 500.0),
+            phase("agent", 500.0, 540.0),
+        ];
+        assert_eq!(boot_ms(&phases), Some(490.0));
+        phases.pop();
+        assert_eq!(boot_ms(&phases), None);
     }
 
     #[test]

@@ -298,6 +298,11 @@ impl Config {
         self.run_dir.join("podvisor.sock")
     }
 
+    /// Records of network attachments.
+    pub fn cni_cache_dir(&self) -> PathBuf {
+        self.data_dir.join("cni")
+    }
+
     /// How long a VM may boot.
     pub fn boot_timeout(&self) -> Duration {
         Duration::from_secs(self.vm.boot_timeout_s)

@@ -13,6 +13,7 @@ use tracing::{debug, info, warn};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::ids::Names;
+use crate::inventory::Places;
 use crate::monitor::{Monitor, read_state_file};
 use crate::pod::{Pod, Pods};
 use crate::store::Store;
@@ -28,8 +29,6 @@ pub struct Daemon {
     pub accel: &'static str,
     /// Facts an operator should know, repeated by Status.
     pub warnings: Vec<String>,
-    /// Tag of this instance in the names of host resources.
-    pub tag: String,
     /// Records.
     pub store: Store,
     /// Images.
@@ -76,9 +75,13 @@ impl Daemon {
         self.config.data_dir.join("images")
     }
 
-    /// Name of the pod's cgroup below its parent.
-    pub fn cgroup_leaf(&self, id: &str) -> String {
-        format!("podvisor-{}-{id}", self.tag)
+    /// Where the host's resources of this instance are found.
+    pub fn places(&self) -> Places {
+        Places {
+            run_dir: self.config.run_dir.clone(),
+            data_dir: self.config.data_dir.clone(),
+            cni_cache_dir: self.config.cni_cache_dir(),
+        }
     }
 
     /// Follows a pod's monitor until the pod is removed or the monitor dies.

@@ -11,6 +11,8 @@ use podvisor_network::netns::NetnsError;
 use podvisor_network::tap::TapError;
 use tonic::{Code, Status};
 
+use crate::cgroup::CgroupError;
+
 /// Result of an RPC.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -88,6 +90,9 @@ pub enum Error {
     /// The pod's interface could not be joined with its tap.
     #[error("network: {0}")]
     Link(#[from] LinkError),
+    /// The pod's cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// podvisord's database failed.
     #[error("database: {0}")]
     Store(#[from] crate::store::StoreError),
@@ -129,6 +134,7 @@ impl Error {
             | Self::Netns(_)
             | Self::Tap(_)
             | Self::Link(_)
+            | Self::Cgroup(_)
             | Self::Io { .. } => Code::Internal,
             Self::Cancelled => Code::Cancelled,
         }

@@ -22,6 +22,8 @@
 //! | [`ids`]          | ids, prefixes, names that only one object may hold                    |
 //! | [`cgroup`]       | the pod's cgroup on the host                                          |
 //! | [`inventory`]    | what a sandbox has on the host, found by name                         |
+//! | [`mountinfo`]    | the host's mount table                                               |
+//! | [`pidfd`]        | processes, held without the danger of reused pids                     |
 //! | [`config`]       | the configuration file                                                |
 //! | [`error`]        | what can go wrong, and its gRPC code                                  |
 //! | [`accel`]        | whether QEMU can use KVM                                              |
@@ -37,6 +39,8 @@ pub mod guest_config;
 pub mod ids;
 pub mod inventory;
 pub mod monitor;
+pub mod mountinfo;
+pub mod pidfd;
 pub mod pod;
 pub mod reconcile;
 pub mod sandbox;

@@ -1,12 +1,13 @@
 //! podvisord's end of a pod's monitor: starting one, finding one again after a restart, calling it,
 //! and learning at once that it died.
 
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use hyper_util::rt::TokioIo;
+use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use podvisor_monitor::fd_socket::Token;
 use podvisor_proto::monitor::monitor_client::MonitorClient;
@@ -19,6 +20,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::cgroup::PodCgroup;
 use crate::error::{Error, Result};
+use crate::pidfd::{PidFd, start_time};
 
 /// Largest answer of a monitor: ExecSync's two outputs of 16 MiB, and a frame around them.
 const MAX_MESSAGE: usize = 33 << 20;
@@ -65,7 +67,7 @@ pub struct Monitor {
     pid: u32,
     start: u64,
     /// Readable once the process has ended; never another process, unlike the pid.
-    pidfd: AsyncFd<OwnedFd>,
+    process: AsyncFd<PidFd>,
     channel: Channel,
 }
 
@@ -148,14 +150,12 @@ impl Monitor {
             .spawn()
             .map_err(Error::io(format!("cannot start {}", binary.display())))?;
         let pid = child.id().ok_or(Error::Cancelled)?;
-        let pidfd = open_pidfd(pid).map_err(Error::io("pidfd_open"))?;
+        let process = PidFd::open(pid).map_err(Error::io("pidfd_open"))?;
         let mut stdin = child.stdin.take().ok_or(Error::Cancelled)?;
         // Nothing runs yet: the monitor waits for its Launch, so all that it starts is in the cgroup.
         if let Err(error) = cgroup.add(pid) {
             let _ = child.kill().await;
-            return Err(Error::io("cannot move the monitor to the pod's cgroup")(
-                error,
-            ));
+            return Err(error.into());
         }
         if let Err(error) = stdin.write_all(&launch.encode_to_vec()).await {
             let _ = child.kill().await;
@@ -166,7 +166,7 @@ impl Monitor {
         drop(stdin);
         // tokio reaps a dropped child when it ends; the pidfd tells when.
         drop(child);
-        Self::new(dir, pid, pidfd)
+        Self::new(dir, pid, process)
     }
 
     /// Finds the monitor of an earlier podvisord again. `None` when that process is gone.
@@ -174,29 +174,29 @@ impl Monitor {
     /// # Errors
     /// The kernel has no pidfds.
     pub fn adopt(dir: &Path, pid: u32, start: u64) -> Result<Option<Self>> {
-        let pidfd = match open_pidfd(pid) {
+        let process = match PidFd::open(pid) {
             Ok(fd) => fd,
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
             Err(error) => return Err(Error::io("pidfd_open")(error)),
         };
         // The pid could be another process by now. The pidfd holds whatever it is: compare after.
-        if start_time(pid) != Some(start) {
+        if start_time(pid).ok() != Some(start) {
             return Ok(None);
         }
-        Self::new(dir, pid, pidfd).map(Some)
+        Self::new(dir, pid, process).map(Some)
     }
 
-    fn new(dir: &Path, pid: u32, pidfd: OwnedFd) -> Result<Self> {
+    fn new(dir: &Path, pid: u32, process: PidFd) -> Result<Self> {
         let start = start_time(pid).unwrap_or(0);
         let open = || SocketDir::open(dir).map_err(Error::io(dir.display().to_string()));
         // SAFETY: the AsyncFd owns the descriptor: it stays open for as long as it is registered.
-        let pidfd = unsafe { AsyncFd::register(pidfd) }
+        let process = unsafe { AsyncFd::register(process) }
             .map_err(|error| Error::io("pidfd")(error.into()))?;
         Ok(Self {
             dir: open()?,
             pid,
             start,
-            pidfd,
+            process,
             channel: open()?.into_channel(),
         })
     }
@@ -219,21 +219,12 @@ impl Monitor {
     /// Ends when the process has ended.
     pub async fn died(&self) {
         // An error would mean that the runtime shuts down: then nobody waits.
-        let _ = self.pidfd.readable().await;
+        let _ = self.process.readable().await;
     }
 
-    /// Ends the process, and with it its VM.
+    /// Ends the process, and with it its VM. Nothing happens when it has ended.
     pub fn kill(&self) {
-        // SAFETY: pidfd_send_signal takes a valid pidfd, which this struct owns, and no pointers.
-        unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.pidfd.as_raw_fd(),
-                libc::SIGKILL,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            );
-        }
+        let _ = self.process.get_ref().signal(Signal::SIGKILL);
     }
 
     /// Hands a file descriptor over. The answer is the token that an RPC names it by.
@@ -270,40 +261,9 @@ fn bind_seqpacket(path: &Path) -> std::io::Result<OwnedFd> {
     Ok(fd)
 }
 
-fn open_pidfd(pid: u32) -> std::io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes two integers; a result that is not -1 is a new descriptor, owned
-    // by nobody else.
-    unsafe {
-        let fd = libc::syscall(
-            libc::SYS_pidfd_open,
-            pid as libc::pid_t,
-            libc::PIDFD_NONBLOCK,
-        );
-        if fd == -1 {
-            return Err(std::io::Error::last_os_error());
-        }
-        Ok(OwnedFd::from_raw_fd(fd as RawFd))
-    }
-}
-
-/// Field 22 of `/proc/PID/stat` (proc(5)): start time in clock ticks since boot.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name, in parentheses, may hold anything.
-    let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(19)?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn start_time_tells_processes_apart() {
-        let own = start_time(std::process::id()).unwrap();
-        assert!(own > 0);
-        assert_eq!(start_time(u32::MAX), None);
-    }
 
     #[test]
     fn an_oversized_state_file_is_not_read() {

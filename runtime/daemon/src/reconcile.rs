@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::Result;
 use crate::ids;
-use crate::inventory::{self, Places};
+use crate::inventory::{self, Kind};
 use crate::monitor::{Monitor, read_state_file};
 use crate::pod::{Container, Pod};
 use crate::store::{ContainerRecord, Phase, SandboxRecord};
@@ -126,10 +126,7 @@ impl Daemon {
     /// Removes host resources that carry this instance's name and belong to no sandbox.
     async fn sweep(&self) {
         // Names are taken before the first resource is made: what has no owner now, had none then.
-        let places = Places {
-            run_dir: self.config.run_dir.clone(),
-            data_dir: self.config.data_dir.clone(),
-        };
+        let places = self.places();
         let found = match tokio::task::spawn_blocking(move || inventory::scan(&places)).await {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => return warn!(%error, "cannot look for orphans"),
@@ -137,12 +134,16 @@ impl Daemon {
         };
         let owners = self.sandbox_names.owners();
         for resource in found {
-            if owners.contains(&resource.sandbox_id) {
+            // Nameless temporary files may be those of a pull that goes on: the store looks after them.
+            if resource.sandbox_id.is_empty() || owners.contains(&resource.sandbox_id) {
                 continue;
             }
             warn!(%resource, "removing an orphan");
-            if let Err(error) = self.cni.del(&resource.sandbox_id).await {
-                warn!(%error, "orphan's network");
+            if resource.kind == Kind::NetworkAttachment {
+                if let Err(error) = self.cni.del(&resource.sandbox_id).await {
+                    warn!(%error, "cannot remove an orphan's network");
+                }
+                continue;
             }
             let removed = tokio::task::spawn_blocking(move || inventory::remove(&resource)).await;
             if let Ok(Err(error)) = removed {

@@ -19,10 +19,13 @@ use crate::ids::{self, Reservation};
 use crate::monitor::{LaunchFds, Monitor};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
-use crate::{guest_config, vm_size};
+use crate::{guest_config, inventory, vm_size};
 
 /// How long a monitor may take to end its VM after all containers are dead.
 const SHUTDOWN: Duration = Duration::from_secs(20);
+
+/// How long killed processes may take to be gone from their cgroup.
+const KILLED_PROCESSES: Duration = Duration::from_secs(10);
 
 /// On top of the boot's own deadline, for what comes after the agent's call.
 const CONFIGURE_MARGIN: Duration = Duration::from_secs(10);
@@ -199,7 +202,7 @@ impl Daemon {
         let scratch_path = self.scratch_path(id);
         let scratch_bytes = self.config.vm.scratch_mib << 20;
         let parent = self.cgroup_parent(config);
-        let leaf = self.cgroup_leaf(id);
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, id);
         let kernel = self.config.kernel_path();
         let initramfs = self.config.initramfs_path();
         let network = async {
@@ -213,7 +216,7 @@ impl Daemon {
                     .map(OwnedFd::from)
                     .map_err(Error::io(format!("guest image {}", path.display())))
             };
-            let cgroup = PodCgroup::create(&parent, &leaf).map_err(Error::io("pod cgroup"))?;
+            let cgroup = PodCgroup::create(&parent, &leaf)?;
             let scratch = podvisor_image::scratch::create(&scratch_path, scratch_bytes)
                 .map_err(Error::io("the pod's writable disk"))?;
             Ok((open(&kernel)?, open(&initramfs)?, cgroup, scratch))
@@ -261,8 +264,8 @@ impl Daemon {
                     problem,
                 }
             })?,
-            dns: None,
             annotations: config.annotations.clone().into_iter().collect(),
+            ..Default::default()
         })
     }
 
@@ -356,15 +359,15 @@ impl Daemon {
         let id = record.id.clone();
         let config = record.config.clone().unwrap_or_default();
         let parent = self.cgroup_parent(&config);
-        let leaf = self.cgroup_leaf(&id);
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, &id);
         // The processes first: they hold the tap, the disk and the cgroup.
-        let processes = tokio::task::spawn_blocking(move || {
-            let cgroup = PodCgroup::open(&parent, &leaf);
-            cgroup.kill_all().and_then(|()| cgroup.remove())
+        let processes = tokio::task::spawn_blocking(move || -> Result<()> {
+            let cgroup = PodCgroup::at(&parent, &leaf)?;
+            cgroup.kill_all()?;
+            Ok(cgroup.remove(KILLED_PROCESSES)?)
         })
         .await
-        .map_err(|_| Error::Cancelled)?
-        .map_err(Error::io("pod cgroup"));
+        .map_err(|_| Error::Cancelled)?;
         let network = self.cni.del(&id).await;
         let netns_path = self.netns_path(&id);
         let scratch = self.scratch_path(&id);

@@ -24,7 +24,6 @@ use crate::accel;
 use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::ids::Names;
-use crate::inventory;
 use crate::pod::Pods;
 use crate::services::later::LaterLayer;
 use crate::services::{MAX_MESSAGE, control::Control, image::Images, runtime::Runtime};
@@ -107,7 +106,7 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
     let cni = Cni::new(CniConfig {
         conf_dir: config.network.conf_dir.clone(),
         plugin_dirs: config.network.plugin_dirs.clone(),
-        cache_dir: config.data_dir.join("cni"),
+        cache_dir: config.cni_cache_dir(),
         plugin_timeout: PLUGIN_TIMEOUT,
     });
     let mut warnings = Vec::new();
@@ -119,7 +118,6 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
         );
     }
     Ok(Daemon {
-        tag: inventory::instance_tag(&config.run_dir),
         accel,
         warnings,
         store,

@@ -26,6 +26,7 @@ mod limits;
 mod pull;
 pub mod reference;
 mod registry;
+pub mod scratch;
 mod store;
 mod tar;
 

@@ -13,6 +13,8 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::text;
+
 /// Bytes kept.
 const CAPACITY: usize = 64 * 1024;
 
@@ -76,7 +78,7 @@ impl Console {
         let ring = self.lock();
         let skip = ring.bytes.len().saturating_sub(TAIL);
         let bytes: Vec<u8> = ring.bytes.iter().skip(skip).copied().collect();
-        let text = String::from_utf8_lossy(&bytes).replace('\r', "");
+        let text = text::from_guest(&String::from_utf8_lossy(&bytes), TAIL);
         text.trim_end().to_owned()
     }
 
@@ -167,7 +169,7 @@ mod tests {
         assert_eq!(end, 200_000 - CAPACITY as u64 + chunk.len() as u64);
         let (rest, end) = ring.chunk(199_999);
         assert_eq!((&rest[..], end), (&[19][..], 200_000));
-        ring.push(&[7; 2 * CAPACITY]);
+        ring.push(&vec![7; 2 * CAPACITY]);
         assert_eq!(ring.bytes.len(), CAPACITY);
         assert_eq!(ring.total, 200_000 + 2 * CAPACITY as u64);
     }

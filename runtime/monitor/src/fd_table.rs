@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    ControlMessageOwned, MsgFlags, SockFlag, accept4, listen, recvmsg, send, Backlog,
+    Backlog, ControlMessageOwned, MsgFlags, SockFlag, accept4, listen, recvmsg, send,
 };
 use podvisor_monitor::fd_socket::{ACCEPTED, MAX_FDS, REFUSED, Token, register};
 use tokio::io::unix::AsyncFd;
@@ -22,7 +22,7 @@ use tracing::{debug, warn};
 const MAX_TOKENS: usize = 64;
 
 /// How long a token may wait.
-const LIFETIME: Duration = Duration::from_secs(60);
+const LIFETIME: Duration = Duration::from_mins(1);
 
 /// Connections served at a time; more wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 8;
@@ -171,7 +171,11 @@ async fn receive(
             for control_message in message.cmsgs().into_iter().flatten() {
                 if let ControlMessageOwned::ScmRights(rights) = control_message {
                     // SAFETY: the kernel has just installed these for us; nothing else owns them.
-                    fds.extend(rights.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    fds.extend(
+                        rights
+                            .into_iter()
+                            .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+                    );
                 }
             }
             let truncated = message

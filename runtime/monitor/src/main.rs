@@ -10,6 +10,7 @@
 //! - [`console`]: the guest's console
 //! - [`fd_table`]: file descriptors that come later
 //! - [`service`]: the gRPC service
+//! - [`text`]: the guest's words, made harmless
 //!
 //! One thread runs all of that. Others: a pump for each container with output, the devices of the
 //! VM (crate `podvisor-vmm`), and short-lived ones that write the state file. The guest is hostile:
@@ -23,6 +24,7 @@ mod log;
 mod pod;
 mod service;
 mod state;
+mod text;
 mod vm;
 
 use std::io;
@@ -33,8 +35,8 @@ use std::time::Duration;
 use anyhow::Context;
 use podvisor_proto::monitor::monitor_server::MonitorServer;
 use podvisor_proto::monitor::{SandboxState, Snapshot};
-use podvisor_vmm::devices::vsock::VsockListener;
-use podvisor_vmm::{Access, NetConfig, SegmentMap, VmConfig, VsockDevice};
+use podvisor_vmm::qemu::TscMeter;
+use podvisor_vmm::{Access, NetConfig, SegmentMap, VmConfig, VsockDevice, VsockListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -67,6 +69,7 @@ fn main() -> anyhow::Result<()> {
         }
         return Ok(());
     }
+    let tsc = TscMeter::start();
     // SAFETY: first thing in the process, no other thread allocates yet. Few arenas and early return
     // of memory: dozens of monitors share a node.
     unsafe {
@@ -87,7 +90,7 @@ fn main() -> anyhow::Result<()> {
         .thread_stack_size(256 * 1024)
         .build()
         .context("starting the runtime")?;
-    let result = runtime.block_on(run(inherited, begin_ns));
+    let result = runtime.block_on(run(inherited, begin_ns, tsc));
     // Threads that hang in a disk's write do not keep the process.
     runtime.shutdown_background();
     result
@@ -118,7 +121,7 @@ fn ignore_signals() {
     }
 }
 
-async fn run(inherited: Inherited, begin_ns: u64) -> anyhow::Result<()> {
+async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Result<()> {
     let span = tracing::info_span!("pod", sandbox = inherited.sandbox_id);
     let _entered = span.enter();
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
@@ -168,14 +171,13 @@ async fn run(inherited: Inherited, begin_ns: u64) -> anyhow::Result<()> {
         memory_bytes: inherited.vm.memory_bytes,
         kernel: inherited.kernel,
         initramfs: inherited.initramfs,
-        cmdline: format!("{} {}", vm::KERNEL_CMDLINE, inherited.vm.cmdline),
+        cmdline: vm::kernel_cmdline(qemu.accel, tsc, &inherited.vm.cmdline),
         net: inherited.tap.map(|tap| NetConfig {
             tap,
             mac: inherited.vm.mac,
         }),
         disk,
         vsock: vsock_device,
-        work_dir: inherited.dir_path,
         console: console_writer,
     };
     pod.add_phase("monitor start", begin_ns, now_ns());
@@ -223,10 +225,7 @@ async fn serve(pod: &Arc<Pod>, listener: UnixListener) -> anyhow::Result<()> {
     let finished = pod.finished();
     let server = Server::builder()
         .add_service(MonitorServer::new(service::Service::new(Arc::clone(pod))))
-        .serve_with_incoming_shutdown(
-            UnixListenerStream::new(listener),
-            finished.cancelled(),
-        );
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), finished.cancelled());
     let server = std::pin::pin!(server);
     let close_deadline = async {
         finished.cancelled().await;

@@ -150,7 +150,11 @@ impl Monitor for Service {
         let finished = self.pod.finished().clone();
         let chunks = self.pod.console().read(request.into_inner().follow);
         let chunks = chunks.take_until(finished.cancelled_owned());
-        let answers = chunks.map(|data| Ok(ConsoleChunk { data: data.to_vec() }));
+        let answers = chunks.map(|data| {
+            Ok(ConsoleChunk {
+                data: data.to_vec(),
+            })
+        });
         Ok(Response::new(Box::pin(answers)))
     }
 

@@ -32,11 +32,12 @@ pub fn now_ns() -> u64 {
 #[derive(Clone)]
 pub struct State {
     current: Arc<watch::Sender<Snapshot>>,
-    saved: watch::Receiver<Saved>,
+    /// None until the first write.
+    saved: watch::Receiver<Option<Saved>>,
 }
 
 /// How the last write of the file ended.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Saved {
     revision: u64,
     error: Option<Arc<io::Error>>,
@@ -47,7 +48,7 @@ impl State {
     /// Must be called in a tokio runtime.
     pub fn new(initial: Snapshot, dir: OwnedFd) -> Self {
         let (current, changes) = watch::channel(initial);
-        let (report, saved) = watch::channel(Saved::default());
+        let (report, saved) = watch::channel(None);
         tokio::spawn(keep_file(changes, dir, report));
         Self {
             current: Arc::new(current),
@@ -122,11 +123,11 @@ impl State {
     pub async fn saved(&self) -> io::Result<()> {
         let revision = self.read(|snapshot| snapshot.revision);
         let mut saved = self.saved.clone();
-        let wait = saved.wait_for(|saved| saved.revision >= revision);
+        let wait = saved.wait_for(|saved| saved.as_ref().is_some_and(|s| s.revision >= revision));
         match timeout(SAVE_DEADLINE, wait).await {
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
             Ok(Err(_)) => Err(io::ErrorKind::BrokenPipe.into()),
-            Ok(Ok(saved)) => match &saved.error {
+            Ok(Ok(saved)) => match saved.as_ref().and_then(|saved| saved.error.as_ref()) {
                 Some(error) => Err(io::Error::new(error.kind(), Arc::clone(error))),
                 None => Ok(()),
             },
@@ -143,7 +144,7 @@ fn container_state(snapshot: &Snapshot, id: &str) -> Option<ContainerState> {
 async fn keep_file(
     mut changes: watch::Receiver<Snapshot>,
     dir: OwnedFd,
-    report: watch::Sender<Saved>,
+    report: watch::Sender<Option<Saved>>,
 ) {
     let dir = Arc::new(dir);
     changes.mark_changed(); // The initial state is written, too.
@@ -154,15 +155,17 @@ async fn keep_file(
         };
         let target = Arc::clone(&dir);
         let write = tokio::task::spawn_blocking(move || write_file(&target, &bytes));
-        let result = write.await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+        let result = write
+            .await
+            .unwrap_or_else(|panic| Err(io::Error::other(panic)));
         if let Err(error) = &result {
             // The next change tries again.
             error!(%error, revision, "the state file cannot be written");
         }
-        report.send_replace(Saved {
+        report.send_replace(Some(Saved {
             revision,
             error: result.err().map(Arc::new),
-        });
+        }));
     }
 }
 

@@ -5,16 +5,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use podvisor_vmm::qemu::{self, Accel, QemuConfig};
+use podvisor_vmm::qemu::{self, Accel, QemuConfig, TscMeter};
 use podvisor_vmm::{ExitReason, VmConfig};
 use tokio::time::{Instant, timeout_at};
 
 use crate::pod::{PHASE_VM_START, Pod};
 use crate::state::now_ns;
 
-/// What every guest's kernel is told. A panic ends the VM at once (with `-no-reboot` a reset does),
-/// and its words go to the serial port, which is the console we keep.
-pub const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
+/// What every guest's kernel is told:
+/// - its console, where only warnings go, is the serial port;
+/// - a panic, as a reset by the triple fault, ends the VM at once;
+/// - the CPU's random numbers will do, for there is no other source;
+/// - no checks of hardware that is not there, no switch of code for one CPU and back;
+/// - waits for RCU are short: the guest's start has many, and nobody else to disturb.
+const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on \
+     no_timer_check noreplace-smp rcupdate.rcu_expedited=1";
 
 /// The kernel's words when it dies.
 const PANIC_MARK: &str = "Kernel panic - not syncing";
@@ -36,6 +41,20 @@ pub fn qemu_config(binary: &str, accel: &str) -> io::Result<QemuConfig> {
         binary: PathBuf::from(binary),
         accel,
     })
+}
+
+/// The kernel's command line: ours, what `accel` needs, and `more`, which wins.
+pub fn kernel_cmdline(accel: Accel, tsc: TscMeter, more: &str) -> String {
+    // podvisord may have measured the clock's rate once for all.
+    let measured = more.contains("tsc_early_khz=");
+    let clock = match accel {
+        Accel::Tcg if !measured => tsc.tcg_cmdline(),
+        Accel::Tcg | Accel::Kvm => String::new(),
+    };
+    [KERNEL_CMDLINE, &clock, more]
+        .join(" ")
+        .trim_end()
+        .to_owned()
 }
 
 /// Starts the VM, waits for its end, and records why it ended. Has to run on the main thread: the
@@ -76,8 +95,7 @@ async fn live(
     };
     tokio::select! {
         exit = vm.exited() => return exit_reason(pod, exit).await,
-        true = booted => {}
-        else => {
+        booted = booted => if !booted {
             vm.kill().await;
             let message = with_console(pod, &boot_timeout_message(boot_timeout)).await;
             return ("BootTimeout", message);
@@ -117,4 +135,25 @@ async fn with_console(pod: &Pod, message: &str) -> String {
         return format!("{message}; its console is empty");
     }
     format!("{message}; its console ends with:\n{tail}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line() {
+        let line = |accel, more| kernel_cmdline(accel, TscMeter::start(), more);
+        assert_eq!(line(Accel::Kvm, ""), KERNEL_CMDLINE);
+        assert!(line(Accel::Tcg, "loglevel=7").contains(" tsc_early_khz="));
+        assert!(line(Accel::Tcg, "loglevel=7").ends_with(" loglevel=7"));
+        let measured = line(Accel::Tcg, "tsc_early_khz=1");
+        assert_eq!(measured.matches("tsc_early_khz").count(), 1);
+    }
+
+    #[test]
+    fn accelerators() {
+        assert_eq!(qemu_config("/q", "tcg").expect("known").accel, Accel::Tcg);
+        assert!(qemu_config("/q", "hax").is_err());
+    }
 }

@@ -109,6 +109,7 @@ pub async fn observe(netns: &Path, name: &str) -> Result<LinkState, LinkError> {
         RouteMessageBuilder::<Ipv4Addr>::new().build(),
         RouteMessageBuilder::<Ipv6Addr>::new().build(),
     ] {
+        let asked = query.header.address_family;
         let family: Vec<RouteMessage> = handle
             .route()
             .get(query)
@@ -116,7 +117,9 @@ pub async fn observe(netns: &Path, name: &str) -> Result<LinkState, LinkError> {
             .try_collect()
             .await
             .map_err(failed("routes"))?;
-        routes.extend(family);
+        // A kernel without IPv6 answers with all it has: IPv4's routes once more.
+        let answered = family.into_iter();
+        routes.extend(answered.filter(|route| route.header.address_family == asked));
     }
 
     let routes: Vec<DeviceRoute> = routes

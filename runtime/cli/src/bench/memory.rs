@@ -60,6 +60,15 @@ pub fn process(pid: u32) -> io::Result<Process> {
     })
 }
 
+/// `MemAvailable` of a /proc/meminfo, in bytes.
+pub fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
 fn children_by_parent() -> io::Result<BTreeMap<u32, Vec<u32>>> {
     let mut children: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     for entry in fs::read_dir("/proc")? {
@@ -153,6 +162,13 @@ Private_Dirty:         8 kB
                 guest_ram_size: 256 << 20,
             }
         );
+    }
+
+    #[test]
+    fn available_memory_is_read() {
+        let meminfo = "MemTotal:         500000 kB\nMemAvailable:     123 kB\n";
+        assert_eq!(available(meminfo), Some(123 << 10));
+        assert_eq!(available("MemAvailable: much\n"), None);
     }
 
     #[test]

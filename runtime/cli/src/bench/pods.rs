@@ -16,11 +16,15 @@ use crate::timeline;
 
 /// Group of the pods that come one after the other.
 pub const SERIAL: &str = "one by one";
+/// The metric of the VM's boot.
+pub const BOOT: &str = "VMM's start to agent ready";
 /// Group of what processes take.
 pub const MEMORY: &str = "memory";
 
 /// ExecSync calls per pod.
 const EXECS: usize = 5;
+/// Seconds for each.
+const EXEC_TIMEOUT_S: i64 = 10;
 /// Seconds that the container may take to end; it does so at once.
 const STOP_GRACE_S: i64 = 10;
 /// A process that ends at SIGTERM, which PID 1 does only with a handler.
@@ -52,6 +56,19 @@ struct Running {
     container: String,
 }
 
+impl Running {
+    /// What a command that must succeed writes.
+    async fn exec(&self, command: &[&str]) -> anyhow::Result<Vec<u8>> {
+        let response = self
+            .pod
+            .exec(&self.container, command, EXEC_TIMEOUT_S)
+            .await?;
+        let code = response.exit_code;
+        anyhow::ensure!(code == 0, "{command:?} ended with {code} in the container");
+        Ok(response.stdout)
+    }
+}
+
 impl Bench {
     /// `count` pods, each from its start to its removal before the next begins.
     pub async fn serial(
@@ -65,9 +82,8 @@ impl Bench {
             all.append(started);
             for _ in 0..EXECS {
                 let begin = Instant::now();
-                let code = running.pod.exec(&running.container, &["true"], 10).await?;
+                running.exec(&["true"]).await?;
                 time(&mut all, SERIAL, "ExecSync true", begin);
-                anyhow::ensure!(code == 0, "`true` ended with {code} in the container");
             }
             all.append(remove(SERIAL, running).await?);
             done(index + 1);
@@ -95,7 +111,7 @@ impl Bench {
         all.add(format!("{group}/a pod every"), Unit::Milliseconds, wall);
 
         for running in &pods {
-            all.append(memory_of_pod(&running.pod).await?);
+            all.append(memory_of_pod(running).await?);
         }
         all.append(memory_of_podvisord(&self.socket)?);
 
@@ -126,7 +142,11 @@ impl Bench {
         let begin = Instant::now();
         pod.run(sandbox.clone(), "").await?;
         time(&mut samples, group, "RunPodSandbox", begin);
-        for phase in timeline::from_info(&pod.info().await?) {
+        let phases = timeline::from_info(&pod.info().await?);
+        if let Some(boot) = timeline::boot_ms(&phases) {
+            samples.add(format!("{group}/{BOOT}"), Unit::Milliseconds, boot);
+        }
+        for phase in phases {
             samples.add(
                 format!("{group}/RunPodSandbox: {}", phase.name),
                 Unit::Milliseconds,
@@ -164,7 +184,11 @@ async fn remove(group: &str, running: Running) -> anyhow::Result<Samples> {
 }
 
 /// Memory of each host process of a pod, of all of podvisor's own together, and of the guest.
-async fn memory_of_pod(pod: &Pod) -> anyhow::Result<Samples> {
+async fn memory_of_pod(running: &Running) -> anyhow::Result<Samples> {
+    let snapshot = running.pod.snapshot().await?;
+    let processes = memory::of_pod(snapshot.monitor_pid)?;
+    let meminfo = running.exec(&["cat", "/proc/meminfo"]).await?;
+
     let mut samples = Samples::default();
     let mut add = |name: &str, bytes: u64| {
         samples.add(
@@ -173,8 +197,6 @@ async fn memory_of_pod(pod: &Pod) -> anyhow::Result<Samples> {
             bytes as f64 / MIB,
         );
     };
-    let snapshot = pod.snapshot().await?;
-    let processes = memory::of_pod(snapshot.monitor_pid)?;
     let (mut pss, mut private) = (0, 0);
     for process in &processes {
         add(&format!("{}: PSS", process.name), process.usage.pss);
@@ -187,27 +209,16 @@ async fn memory_of_pod(pod: &Pod) -> anyhow::Result<Samples> {
     add("podvisor's own: PSS", pss);
     add("podvisor's own: private", private);
     // Each process has its share of the pages that are there.
-    add(
-        "guest RAM on the host",
-        processes
-            .iter()
-            .map(|process| process.usage.guest_ram_pss)
-            .sum(),
-    );
+    let guest_ram = processes.iter().map(|process| process.usage.guest_ram_pss);
+    add("guest RAM on the host", guest_ram.sum());
     let size = processes
         .iter()
         .map(|process| process.usage.guest_ram_size)
         .max();
-    if let (Some(size), 1..) = (size, snapshot.guest_memory_available_bytes) {
-        // With what the kernel took before it counted.
-        add(
-            "guest: used at idle",
-            size.saturating_sub(snapshot.guest_memory_available_bytes),
-        );
-        add(
-            "guest: kernel, before MemTotal",
-            size.saturating_sub(snapshot.guest_memory_total_bytes),
-        );
+    let available = memory::available(&String::from_utf8_lossy(&meminfo));
+    if let (Some(size), Some(available)) = (size, available) {
+        // Of the VM's size: what the kernel took before it began to count is used, too.
+        add("guest: used at idle", size.saturating_sub(available));
     }
     Ok(samples)
 }

@@ -4,13 +4,10 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use super::pods::{MEMORY, SERIAL};
+use super::pods::{BOOT, MEMORY, SERIAL};
 use super::pull;
 use super::stats::{Metric, Samples};
 use crate::text::Table;
-
-/// The timeline's phase from the VMM's start to the agent's call.
-const BOOT_PHASE: &str = "boot";
 
 /// All results of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -91,7 +88,7 @@ fn promises() -> Vec<Promise> {
     vec![
         at_most(
             "VMM's start to agent ready",
-            format!("{SERIAL}/RunPodSandbox: {BOOT_PHASE}"),
+            format!("{SERIAL}/{BOOT}"),
             600.0,
         ),
         at_most("RunPodSandbox", format!("{SERIAL}/RunPodSandbox"), 1000.0),

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use crate::reference::Digest;
 
 /// Pieces that may wait for the unpacking thread. A piece is what the network gave at once, at most some 100 KiB.
-const PIECES: usize = 32;
+const PIECES: usize = 8;
 
 /// Why a blob is not there.
 #[derive(Debug, thiserror::Error)]

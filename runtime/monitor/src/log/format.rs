@@ -189,7 +189,10 @@ mod tests {
 
     #[test]
     fn unterminated_end_is_partial() {
-        assert_eq!(parse(&format(&[b"prompt> "])), [(b'P', b"prompt> ".to_vec())]);
+        assert_eq!(
+            parse(&format(&[b"prompt> "])),
+            [(b'P', b"prompt> ".to_vec())]
+        );
         assert_eq!(parse(&format(&[b"line\n"])).len(), 1);
         assert!(format(&[]).is_empty());
     }
@@ -198,10 +201,7 @@ mod tests {
     fn a_line_of_the_limit_is_not_cut_and_one_byte_more_is() {
         let mut line = vec![b'x'; MAX_CONTENT];
         line.push(b'\n');
-        assert_eq!(
-            parse(&format(&[&line])),
-            [(b'F', vec![b'x'; MAX_CONTENT])]
-        );
+        assert_eq!(parse(&format(&[&line])), [(b'F', vec![b'x'; MAX_CONTENT])]);
         // The same when the newline comes with a later read.
         assert_eq!(
             parse(&format(&[&line[..MAX_CONTENT], b"\n"])),

@@ -266,7 +266,10 @@ mod tests {
         rig.stderr.write_all(b"err\n").expect("write");
         drop((rig.stdout, rig.stderr));
         rig.pump.drain().await;
-        assert_eq!(text(rig.file), ["stderr F err", "stdout F out", "stdout P more"]);
+        assert_eq!(
+            text(rig.file),
+            ["stderr F err", "stdout F out", "stdout P more"]
+        );
     }
 
     #[tokio::test]

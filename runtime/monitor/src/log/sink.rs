@@ -53,13 +53,18 @@ impl LogSink {
             return;
         };
         let separator = if target.torn { &b"\n"[..] } else { b"" };
-        let result = write_counted(&mut file, separator).and_then(|_| write_counted(&mut file, batch));
+        let result =
+            write_counted(&mut file, separator).and_then(|_| write_counted(&mut file, batch));
         match result {
             Ok(_) => {
                 target.torn = false;
                 let lost = std::mem::take(&mut target.lost_bytes);
                 if lost > 0 {
-                    info!(container = self.container, lost_bytes = lost, "log is written again");
+                    info!(
+                        container = self.container,
+                        lost_bytes = lost,
+                        "log is written again"
+                    );
                 }
             }
             Err(WriteFailed { written, error }) => {

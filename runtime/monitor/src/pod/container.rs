@@ -54,9 +54,13 @@ enum Phase {
     #[default]
     NotStarted,
     /// The agent has been asked. An exit may come before its answer.
-    Starting { exit_code: Option<u32> },
+    Starting {
+        exit_code: Option<u32>,
+    },
     Running,
-    Ended { exit_code: Option<u32> },
+    Ended {
+        exit_code: Option<u32>,
+    },
 }
 
 impl Container {
@@ -90,16 +94,12 @@ impl Container {
     /// The agent has started it. True when it has already ended.
     pub fn set_started(&self) -> bool {
         let mut run = self.run();
-        let ended = match run.phase {
-            Phase::Starting { exit_code: None } => None,
-            Phase::Starting { exit_code } | Phase::Ended { exit_code } => Some(exit_code),
-            Phase::NotStarted | Phase::Running => None,
+        run.phase = match run.phase {
+            Phase::Starting { exit_code: None } => Phase::Running,
+            Phase::Starting { exit_code } => Phase::Ended { exit_code },
+            other => other,
         };
-        run.phase = match ended {
-            Some(exit_code) => Phase::Ended { exit_code },
-            None => Phase::Running,
-        };
-        ended.is_some()
+        matches!(run.phase, Phase::Ended { .. })
     }
 
     /// It could not be started.

@@ -4,7 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use podvisor_proto::agent;
-use podvisor_proto::monitor::{self, ContainerState, CreateContainerRequest};
+use podvisor_proto::monitor::{self, ContainerState, CreateContainerRequest, SandboxState};
 use prost::Message;
 use tracing::{info, warn};
 
@@ -55,13 +55,11 @@ impl Pod {
         if self.container(id).is_err() {
             return Ok(()); // Another caller was faster.
         }
-        // Without an agent there is nothing left to remove, or soon will be.
-        if let Ok(agent) = self.any_agent() {
-            let removed = agent.remove_container(id).await?;
+        // With the VM, all is gone that there was.
+        if self.state.sandbox_state() != SandboxState::Stopped {
+            let removed = self.any_agent()?.remove_container(id).await?;
             self.layers.release(&container.diff_ids);
             self.layers.unmap(&removed.released);
-        } else {
-            self.layers.release(&container.diff_ids);
         }
         self.containers().remove(id);
         self.state
@@ -144,7 +142,9 @@ fn check_id(id: &str) -> Result<(), PodError> {
     if id.len() == 64 && id.bytes().all(hexadecimal) {
         return Ok(());
     }
-    Err(PodError::Invalid("a container id is 64 hexadecimal digits".to_owned()))
+    Err(PodError::Invalid(
+        "a container id is 64 hexadecimal digits".to_owned(),
+    ))
 }
 
 /// Everything in the request but the tokens, which differ from try to try.

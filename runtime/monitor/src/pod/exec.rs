@@ -8,7 +8,7 @@ use podvisor_monitor::fd_socket::Token;
 use podvisor_proto::agent::{ExecRequest, Exit, SignalRequest};
 use podvisor_proto::monitor::{ContainerState, ExecSyncRequest, ExecSyncResponse};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -90,7 +90,9 @@ impl Pod {
         let container_id = request.container_id.as_str();
         self.container(container_id)?;
         if self.state.container_state(container_id) != Some(ContainerState::Running) {
-            return Err(PodError::State(format!("container {container_id} is not running")));
+            return Err(PodError::State(format!(
+                "container {container_id} is not running"
+            )));
         }
         if request.args.is_empty() {
             return Err(PodError::Invalid("no command".to_owned()));
@@ -105,7 +107,9 @@ impl Pod {
         let too_late = async {
             match request.timeout_ms {
                 0 => std::future::pending().await,
-                timeout => sleep_until(begin + Duration::from_millis(timeout)).await,
+                timeout => {
+                    sleep(Duration::from_millis(timeout).saturating_sub(begin.elapsed())).await;
+                }
             }
         };
         let failed = tokio::select! {
@@ -171,11 +175,7 @@ impl Exec<'_> {
     }
 
     /// Reads the output and waits for the end.
-    async fn run(
-        &mut self,
-        streams: Streams,
-        limit: usize,
-    ) -> Result<ExecSyncResponse, PodError> {
+    async fn run(&mut self, streams: Streams, limit: usize) -> Result<ExecSyncResponse, PodError> {
         let ended = CancellationToken::new();
         let stdout = capture(streams.stdout, limit, DRAIN_GRACE, ended.clone());
         let stderr = capture(streams.stderr, limit, DRAIN_GRACE, ended.clone());
@@ -210,7 +210,11 @@ impl Exec<'_> {
 
     /// Kills the command and all it started, and waits for its end.
     async fn kill(&mut self) {
-        debug!(container = self.container_id, exec = self.id, "killing a command");
+        debug!(
+            container = self.container_id,
+            exec = self.id,
+            "killing a command"
+        );
         let request = SignalRequest {
             container_id: self.container_id.to_owned(),
             exec_id: self.id.clone(),
@@ -222,7 +226,10 @@ impl Exec<'_> {
             return;
         }
         if timeout(KILL_DEADLINE, &mut self.exit).await.is_err() {
-            warn!(container = self.container_id, "a killed command does not end");
+            warn!(
+                container = self.container_id,
+                "a killed command does not end"
+            );
         }
     }
 }

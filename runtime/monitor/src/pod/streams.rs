@@ -16,9 +16,8 @@ use tokio_util::sync::CancellationToken;
 use crate::agent::STREAM_PORT;
 
 /// Connects to a port of the guest.
-pub type Dial = Box<
-    dyn Fn(u32) -> Pin<Box<dyn Future<Output = io::Result<UnixStream>> + Send>> + Send + Sync,
->;
+pub type Dial =
+    Box<dyn Fn(u32) -> Pin<Box<dyn Future<Output = io::Result<UnixStream>> + Send>> + Send + Sync>;
 
 /// How long the guest may take to accept a stream.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);

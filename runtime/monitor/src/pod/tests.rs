@@ -304,17 +304,17 @@ impl Rig {
 
     /// The agent dials; cancelling breaks the connection.
     async fn connect_agent(&self) -> CancellationToken {
-        let (ours, guests) = UnixStream::pair().expect("socketpair");
-        let cut = CancellationToken::new();
+        let (ours, mut far) = UnixStream::pair().expect("socketpair");
+        let (mut near, guests) = UnixStream::pair().expect("socketpair");
         let server = tonic::transport::Server::builder()
             .add_service(AgentServer::new(FakeAgent(Arc::clone(&self.guest))))
             .serve_with_incoming(tokio_stream::once(Ok::<_, std::io::Error>(guests)));
+        tokio::spawn(server);
+        let cut = CancellationToken::new();
         let end = cut.clone();
         tokio::spawn(async move {
-            tokio::select! {
-                served = server => served.expect("served"),
-                () = end.cancelled() => {}
-            }
+            let relay = tokio::io::copy_bidirectional(&mut far, &mut near);
+            end.run_until_cancelled(relay).await
         });
         self.dial_host.send(ours).await.expect("the link listens");
         cut
@@ -435,7 +435,10 @@ async fn calls_may_be_repeated() {
         rig.pod.remove(&id).await.expect("removed");
         assert!(rig.pod.state().snapshot().containers.is_empty());
     }
-    assert!(matches!(rig.pod.start(&id).await, Err(PodError::NotFound(_))));
+    assert!(matches!(
+        rig.pod.start(&id).await,
+        Err(PodError::NotFound(_))
+    ));
     let configured = rig.pod.configure(ConfigureRequest::default()).await;
     configured.expect("configured before");
 }
@@ -445,7 +448,10 @@ async fn an_exit_may_come_before_the_answer_to_start() {
     let rig = Rig::ready().await;
     let id = rig.run("a", "early").await;
     let container = rig.exited(&id).await;
-    assert_eq!((container.exit_code, container.reason.as_str()), (3, "Error"));
+    assert_eq!(
+        (container.exit_code, container.reason.as_str()),
+        (3, "Error")
+    );
     assert!(container.started_ns > 0);
 }
 
@@ -503,10 +509,9 @@ async fn stop_signals_waits_and_kills() {
 async fn out_of_memory_is_the_reason() {
     let rig = Rig::ready().await;
     let id = rig.run("a", "sleep").await;
-    rig.guest
-        .push(event::Kind::OutOfMemory(api::OutOfMemory {
-            container_id: id.clone(),
-        }));
+    rig.guest.push(event::Kind::OutOfMemory(api::OutOfMemory {
+        container_id: id.clone(),
+    }));
     rig.guest.exit(&id, "", 137);
     assert_eq!(rig.exited(&id).await.reason, "OOMKilled");
 }
@@ -586,7 +591,9 @@ async fn the_end_of_the_vm_is_the_end_of_its_containers() {
     let running = rig.run("a", "sleep").await;
     let ended = rig.run("b", "true").await;
     rig.exited(&ended).await;
-    rig.pod.set_vm_gone("GuestPanic", "so sorry".to_owned()).await;
+    rig.pod
+        .set_vm_gone("GuestPanic", "so sorry".to_owned())
+        .await;
     let snapshot = rig.pod.state().snapshot();
     assert_eq!(snapshot.state(), SandboxState::Stopped);
     assert_eq!(snapshot.reason, "GuestPanic");
@@ -640,7 +647,10 @@ async fn a_log_is_reopened_while_the_container_runs() {
     let id = rig.run("a", "sleep").await;
     let token = Token::random();
     let new = tempfile::tempfile().expect("temporary file");
-    assert!(rig.fds.insert(token, vec![new.try_clone().expect("second descriptor").into()]));
+    assert!(rig.fds.insert(
+        token,
+        vec![new.try_clone().expect("second descriptor").into()]
+    ));
     rig.pod
         .reopen_log(&id, token.as_bytes())
         .await

@@ -276,7 +276,7 @@ mod tests {
     use std::time::Instant;
 
     /// Longer than any of these plugins needs, so a test that waits for it has failed.
-    const LONG: Duration = Duration::from_secs(60);
+    const LONG: Duration = Duration::from_mins(1);
 
     struct Script {
         dir: tempfile::TempDir,

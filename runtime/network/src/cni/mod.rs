@@ -39,9 +39,12 @@ pub struct CniConfig {
     pub plugin_dirs: Vec<PathBuf>,
     /// One file per attachment, named after the sandbox.
     pub cache_dir: PathBuf,
-    /// For one run of one plugin.
+    /// For one run of one plugin; see [`DEFAULT_PLUGIN_TIMEOUT`].
     pub plugin_timeout: Duration,
 }
+
+/// Plugins of cloud networks may wait for an API; a kubelet gives RunPodSandbox four minutes.
+pub const DEFAULT_PLUGIN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The network that new pods get.
 #[derive(Debug, Clone, PartialEq, Eq)]

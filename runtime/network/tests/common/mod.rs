@@ -73,6 +73,19 @@ pub async fn sh_in(netns: &Path, command: &str) -> String {
     netns::enter(netns, move || sh(&command)).await.unwrap()
 }
 
+impl Drop for Host {
+    fn drop(&mut self) {
+        // The folder cannot be removed while a namespace is mounted in it.
+        for netns in fs::read_dir(self.path("netns"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let _ = netns::delete_blocking(&netns.path());
+        }
+    }
+}
+
 impl Host {
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
@@ -95,7 +108,7 @@ impl Host {
                 .chain(PLUGIN_DIRS.map(Into::into))
                 .collect(),
             cache_dir: self.path("cache"),
-            plugin_timeout: Duration::from_secs(60),
+            plugin_timeout: Duration::from_mins(1),
         })
     }
 

@@ -38,6 +38,7 @@ impl Backlog {
         self.length == 0
     }
 
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.length
     }
@@ -166,7 +167,7 @@ mod tests {
                     theirs.read_exact(&mut received).unwrap();
                     prop_assert_eq!(received, model.drain(..sent).collect::<Vec<_>>());
                 }
-                prop_assert_eq!(backlog.len(), model.len());
+                prop_assert_eq!(backlog.length, model.len());
                 prop_assert!(backlog.ring.len() <= LIMIT);
                 prop_assert_eq!(backlog.ring.is_empty(), model.is_empty());
             }

@@ -95,7 +95,7 @@ impl VsockDevice {
         for command in self.shared.take_commands() {
             match command {
                 Command::Connect { id, port, answer } => {
-                    self.muxer.connect(id, port, Waiter::Caller(answer))
+                    self.muxer.connect(id, port, Waiter::Caller(answer));
                 }
                 Command::Cancel { id } => self.muxer.cancel(id),
                 Command::Serve { id, listener } => self.dialers.serve(id, listener),

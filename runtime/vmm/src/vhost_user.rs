@@ -1,1 +1,0 @@
-//! Serves a [`VirtioDevice`](crate::VirtioDevice) over vhost-user.
