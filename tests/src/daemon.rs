@@ -229,6 +229,7 @@ impl Daemon {
             .arg(self.instance.data_dir())
             .env(Instance::MARK, self.instance.number().to_string())
             .env_remove("RUST_LOG")
+            .env("NO_COLOR", "1")
             .stdin(Stdio::null());
         command
     }
