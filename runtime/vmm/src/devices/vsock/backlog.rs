@@ -38,6 +38,11 @@ impl Backlog {
         self.length == 0
     }
 
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.length
+    }
+
     /// Appends all of `slices`. False, and nothing done: beyond the limit.
     #[must_use]
     pub(super) fn push(&mut self, slices: &mut GuestSlices<'_>) -> bool {

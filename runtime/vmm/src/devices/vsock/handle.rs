@@ -68,7 +68,7 @@ impl Shared {
         std::mem::take(&mut lock(&self.commands).waiting)
     }
 
-    fn submit(&self, command: Command) -> io::Result<()> {
+    pub(super) fn submit(&self, command: Command) -> io::Result<()> {
         let mut commands = lock(&self.commands);
         if commands.closed {
             return Err(io::ErrorKind::ConnectionAborted.into());
@@ -189,6 +189,12 @@ pub struct VsockListener {
 }
 
 impl VsockListener {
+    /// The next connection if there is one, without a runtime.
+    #[cfg(test)]
+    pub(super) fn try_accept(&mut self) -> Option<StdUnixStream> {
+        self.incoming.try_recv().ok()
+    }
+
     /// The next connection. `None`: the device is gone, or another listener has taken the port.
     ///
     /// # Panics

@@ -66,8 +66,9 @@ impl Link {
         }
     }
 
-    /// Sets the host side, which is registered for events: they say when it is ready.
+    /// Sets the host side, which is registered for events. It takes data already; the events say when it has some.
     pub(super) fn set_host(&mut self, stream: UnixStream) {
+        self.writable = true;
         self.host = Some(stream);
     }
 
@@ -166,6 +167,12 @@ impl Link {
         self.readable = false;
         self.settle();
         0
+    }
+
+    /// Bytes that wait for the host.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.backlog.len()
     }
 
     /// Nobody is left at the host's end.

@@ -325,6 +325,18 @@ impl Muxer {
         self.replies.clear();
     }
 
+    /// Connections, those included whose data waits for the host.
+    #[cfg(test)]
+    pub(super) fn connections(&self) -> usize {
+        self.links.len()
+    }
+
+    /// Bytes that wait for the host.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.links.values().map(Link::waiting).sum()
+    }
+
     fn insert(&mut self, id: u64, link: Link) {
         self.by_ports.insert((link.host_port, link.guest_port), id);
         self.links.insert(id, link);
