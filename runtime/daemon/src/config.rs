@@ -268,7 +268,8 @@ impl Config {
         if self.image.parallel_layers == 0 {
             return refuse("image.parallel_layers", "at least 1");
         }
-        if !self.cgroup.parent.starts_with('/') && !self.cgroup.parent.ends_with(".slice") {
+        let parent = Path::new(&self.cgroup.parent);
+        if !parent.is_absolute() && parent.extension().is_none_or(|suffix| suffix != "slice") {
             return refuse("cgroup.parent", "neither a path from / nor a slice");
         }
         Ok(())
@@ -295,6 +296,11 @@ impl Config {
     /// The CRI socket.
     pub fn socket_path(&self) -> PathBuf {
         self.run_dir.join("podvisor.sock")
+    }
+
+    /// Records of network attachments.
+    pub fn cni_cache_dir(&self) -> PathBuf {
+        self.data_dir.join("cni")
     }
 
     /// How long a VM may boot.

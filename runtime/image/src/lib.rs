@@ -9,7 +9,8 @@
 //! layer       one blob: decompress, check both digests while streaming
 //!   tar       entries of the layer's tar, hostile input
 //!   erofs     the layer as an uncompressed EROFS file, written in one pass
-//! pull        the whole image; layers in parallel, each at most once at a time
+//! pull        the whole image, its layers in parallel
+//! jobs        layers in the making, each once at a time, shared by pulls
 //! store       what is there: images in redb and in memory, layer files, who uses them
 //! ```
 //!
@@ -17,12 +18,17 @@
 //! every pod through the host's page cache. [`scratch`] makes the empty writable file system that
 //! a pod lays over its layers.
 
+mod erofs;
 mod hosts;
+mod jobs;
 mod layer;
 mod limits;
 mod pull;
 pub mod reference;
+mod registry;
+pub mod scratch;
 mod store;
+mod tar;
 
 pub use hosts::Registries;
 pub use limits::Limits;

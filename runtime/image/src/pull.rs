@@ -1,10 +1,24 @@
 //! A pull: from a reference to an image whose layers are all on this node.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
-use crate::reference::{Reference, ReferenceError};
-use crate::store::{Image, Inner};
+use futures_util::future::try_join_all;
+use oci_spec::image::ImageConfiguration;
+use tokio::sync::Semaphore;
+use tracing::{debug, info};
+
+use crate::hosts::HostsError;
+use crate::jobs;
+use crate::layer::LayerError;
+use crate::reference::{Digest, Reference, ReferenceError, Target};
+use crate::registry::manifest::{self, ARCHITECTURE, Manifest, ManifestError, Resolved};
+use crate::registry::{Document, FailureKind, Registry, RegistryError};
+use crate::store::{Image, Inner, NewImage, StoreError, blocking};
+
+/// Indexes in indexes are allowed, and rare.
+const MAX_INDEX_DEPTH: usize = 4;
 
 /// What proves to a registry who asks. Given with each pull, never stored.
 #[derive(Clone, PartialEq, Eq)]
@@ -78,15 +92,208 @@ pub enum PullError {
     Storage(String),
 }
 
-/// Layers in the making, so that each is made once at a time.
-#[derive(Default)]
-pub(crate) struct Jobs {}
+impl From<RegistryError> for PullError {
+    fn from(error: RegistryError) -> Self {
+        let words = error.to_string();
+        match error.kind() {
+            FailureKind::NotFound => Self::NotFound(words),
+            FailureKind::Unauthorized => Self::Unauthorized(words),
+            FailureKind::Unavailable => Self::Unavailable(words),
+            FailureKind::Corrupt => Self::Corrupt(words),
+            FailureKind::TooLarge => Self::TooLarge(words),
+            FailureKind::Config => Self::Config(words),
+        }
+    }
+}
 
+impl From<ManifestError> for PullError {
+    fn from(error: ManifestError) -> Self {
+        let words = error.to_string();
+        match error {
+            ManifestError::Malformed(_) => Self::Corrupt(words),
+            ManifestError::NoPlatform { .. } => Self::NotFound(words),
+            ManifestError::NotAnImage(_) | ManifestError::LayerType(_) => Self::Unsupported(words),
+        }
+    }
+}
+
+impl From<LayerError> for PullError {
+    fn from(error: LayerError) -> Self {
+        use crate::erofs::TreeError;
+        use crate::tar::TarError;
+        let words = error.to_string();
+        match error {
+            LayerError::Write(error) => Self::storage(&error, words),
+            LayerError::TooLarge(_)
+            | LayerError::TooLong { .. }
+            | LayerError::Tar(TarError::TooLarge { .. })
+            | LayerError::Tree(TreeError::TooManyEntries(_) | TreeError::TooMuchMetadata(_)) => {
+                Self::TooLarge(words)
+            }
+            _ => Self::Corrupt(words),
+        }
+    }
+}
+
+impl From<StoreError> for PullError {
+    fn from(error: StoreError) -> Self {
+        let words = error.to_string();
+        match &error {
+            StoreError::File { source, .. } => Self::storage(source, words),
+            StoreError::Database(database) => match &**database {
+                redb::Error::Io(source) => Self::storage(source, words),
+                _ => Self::Storage(words),
+            },
+        }
+    }
+}
+
+impl From<HostsError> for PullError {
+    fn from(error: HostsError) -> Self {
+        Self::Config(error.to_string())
+    }
+}
+
+impl PullError {
+    fn storage(error: &io::Error, words: String) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace(words),
+            io::ErrorKind::FileTooLarge => Self::TooLarge(words),
+            _ => Self::Storage(words),
+        }
+    }
+}
+
+/// Pulls `reference` into `store`.
 pub(crate) async fn pull(
-    _store: &Arc<Inner>,
-    _reference: Reference,
-    _credentials: Option<Credentials>,
-    _progress: &(dyn Fn(Progress) + Send + Sync),
+    store: &Arc<Inner>,
+    reference: Reference,
+    credentials: Option<Credentials>,
+    progress: &(dyn Fn(Progress) + Send + Sync),
 ) -> Result<Arc<Image>, PullError> {
-    Err(PullError::Unsupported("pull is on its way".to_owned()))
+    let registry = Arc::new(connect(store, &reference, credentials).await?);
+    let (resolved, manifest) = resolve(&registry, reference.target()).await?;
+    debug!(%reference, digest = %resolved, layers = manifest.layers.len(), "manifest");
+    let document = registry.blob(&manifest.config).await?;
+    let config = Config::parse(&document, &manifest, store.limits.max_layers)?;
+
+    let running = Semaphore::new(store.limits.parallel_layers.max(1));
+    let layers = manifest
+        .layers
+        .iter()
+        .zip(&config.diff_ids)
+        .map(|(blob, diff_id)| async {
+            // Never closed; without a permit nothing would go wrong but the load.
+            let _permit = running.acquire().await.ok();
+            jobs::layer(store, &registry, blob, diff_id, progress).await
+        });
+    let layers = try_join_all(layers).await?;
+
+    let new = NewImage {
+        id: document.digest,
+        config_json: config.json,
+        config: config.parsed,
+        layers,
+        reference: reference.clone(),
+        resolved,
+    };
+    let inner = Arc::clone(store);
+    let image = blocking(move || inner.add_image(new)).await?;
+    info!(%reference, image = image.id, bytes = image.size, "image pulled");
+    Ok(image)
+}
+
+/// The hosts to ask, from this node's configuration as it is now.
+async fn connect(
+    store: &Arc<Inner>,
+    reference: &Reference,
+    credentials: Option<Credentials>,
+) -> Result<Registry, PullError> {
+    let (inner, reference) = (Arc::clone(store), reference.clone());
+    blocking(move || {
+        let limits = &inner.limits;
+        let mut hosts = Vec::new();
+        let clients = &inner.registries.clients;
+        for host in inner.registries.hosts(reference.registry())? {
+            let client = clients.get(&host, limits.connect_timeout);
+            let client =
+                client.map_err(|error| PullError::Config(format!("{}: {error}", host.base)))?;
+            hosts.push((host, client));
+        }
+        Ok(Registry::new(
+            hosts,
+            Arc::clone(clients),
+            &reference,
+            credentials,
+            limits,
+        ))
+    })
+    .await
+}
+
+/// The digest that a reference stands for, and this platform's manifest behind it.
+async fn resolve(registry: &Registry, target: &Target) -> Result<(Digest, Manifest), PullError> {
+    let mut document = registry.manifest(target).await?;
+    let resolved = document.digest.clone();
+    for _ in 0..MAX_INDEX_DEPTH {
+        match manifest::parse(&document.bytes, &document.media_type)? {
+            Resolved::Manifest(manifest) => return Ok((resolved, manifest)),
+            Resolved::Index(digest) => {
+                document = registry.manifest(&Target::Digest(digest)).await?
+            }
+        }
+    }
+    Err(PullError::Corrupt("indexes nested too deep".to_owned()))
+}
+
+/// An image's configuration, checked against its manifest.
+struct Config {
+    json: String,
+    parsed: ImageConfiguration,
+    /// Bottom first, one for each of the manifest's layers.
+    diff_ids: Vec<Digest>,
+}
+
+impl Config {
+    fn parse(
+        document: &Document,
+        manifest: &Manifest,
+        max_layers: usize,
+    ) -> Result<Self, PullError> {
+        let corrupt = |reason: String| {
+            PullError::Corrupt(format!("image configuration {}: {reason}", document.digest))
+        };
+        let json =
+            std::str::from_utf8(&document.bytes).map_err(|error| corrupt(error.to_string()))?;
+        let parsed: ImageConfiguration =
+            serde_json::from_str(json).map_err(|error| corrupt(error.to_string()))?;
+        let (os, architecture) = (parsed.os().to_string(), parsed.architecture().to_string());
+        if (os.as_str(), architecture.as_str()) != ("linux", ARCHITECTURE) {
+            let words =
+                format!("image is for {os}/{architecture}, this node is linux/{ARCHITECTURE}");
+            return Err(PullError::NotFound(words));
+        }
+        let diff_ids: Result<Vec<Digest>, _> = parsed
+            .rootfs()
+            .diff_ids()
+            .iter()
+            .map(|text| text.parse())
+            .collect();
+        let diff_ids = diff_ids.map_err(|error: ReferenceError| corrupt(error.to_string()))?;
+        if diff_ids.len() != manifest.layers.len() {
+            let (ids, layers) = (diff_ids.len(), manifest.layers.len());
+            return Err(corrupt(format!("{ids} diff ids for {layers} layers")));
+        }
+        if diff_ids.len() > max_layers {
+            return Err(PullError::TooLarge(format!(
+                "{} layers, at most {max_layers} can be mounted",
+                diff_ids.len()
+            )));
+        }
+        Ok(Self {
+            json: json.to_owned(),
+            parsed,
+            diff_ids,
+        })
+    }
 }

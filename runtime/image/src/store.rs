@@ -20,9 +20,10 @@ use tempfile::NamedTempFile;
 use tracing::{debug, warn};
 
 use crate::hosts::Registries;
+use crate::jobs::Jobs;
 use crate::layer::NewLayer;
 use crate::limits::Limits;
-use crate::pull::{self, Credentials, Jobs, Progress, PullError};
+use crate::pull::{self, Credentials, Progress, PullError};
 use crate::reference::{Digest, Reference, Target, is_sha256_hex};
 
 /// Image id (`sha256:…` of its configuration) to a [`Record`] as JSON.
@@ -156,7 +157,7 @@ pub(crate) struct NewImage {
     pub(crate) config_json: String,
     pub(crate) config: ImageConfiguration,
     /// Bottom first; the same layer may be there twice.
-    pub(crate) layers: Vec<LayerLease>,
+    pub(crate) layers: Vec<Arc<LayerLease>>,
     pub(crate) reference: Reference,
     pub(crate) resolved: Digest,
 }

@@ -61,6 +61,14 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
 fn main() -> anyhow::Result<()> {
     let begin_ns = now_ns();
+    // Whether KVM works here, asked by podvisord in a process of its own: exit code and one sentence.
+    if std::env::args().nth(1).as_deref() == Some("probe-kvm") {
+        if let Err(error) = podvisor_vmm::kvm::probe::run() {
+            eprintln!("{error}");
+            std::process::exit(1);
+        }
+        return Ok(());
+    }
     let tsc = TscMeter::start();
     // SAFETY: first thing in the process, no other thread allocates yet. Few arenas and early return
     // of memory: dozens of monitors share a node.
@@ -170,7 +178,6 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
         }),
         disk,
         vsock: vsock_device,
-        work_dir: inherited.dir_path,
         console: console_writer,
     };
     pod.add_phase("monitor start", begin_ns, now_ns());

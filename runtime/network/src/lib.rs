@@ -20,7 +20,8 @@
 //! The order in RunPodSandbox: [`netns::create`], [`tap::open`] (the VM can start now), [`Cni::add`],
 //! [`tc::mirror`]. The order at the end: the VM's exit (it holds the tap, and with it the
 //! namespace), [`Cni::del`], [`netns::delete`]. Every step of the second row may be repeated and
-//! does not mind what of the first row never happened.
+//! does not mind what of the first row never happened. DEL wants the namespace: the bridge plugin
+//! (1.1.1) finds the masquerading rules that it has to remove by the addresses on its device.
 
 pub mod cni;
 pub mod link;

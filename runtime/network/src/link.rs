@@ -24,8 +24,18 @@ use crate::netlink::{Netlink, io_error};
 use crate::netns::NetnsError;
 use crate::types::{Cidr, Route};
 
-nix::ioctl_readwrite_bad!(get_flags, libc::SIOCGIFFLAGS, libc::ifreq);
-nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS, libc::ifreq);
+nix::ioctl_readwrite_bad!(
+    /// Reads a device's flags, netdevice(7).
+    get_flags,
+    libc::SIOCGIFFLAGS,
+    libc::ifreq
+);
+nix::ioctl_write_ptr_bad!(
+    /// Sets a device's flags, netdevice(7).
+    set_flags,
+    libc::SIOCSIFFLAGS,
+    libc::ifreq
+);
 
 /// What can go wrong when a device is read.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +109,7 @@ pub async fn observe(netns: &Path, name: &str) -> Result<LinkState, LinkError> {
         RouteMessageBuilder::<Ipv4Addr>::new().build(),
         RouteMessageBuilder::<Ipv6Addr>::new().build(),
     ] {
+        let asked = query.header.address_family;
         let family: Vec<RouteMessage> = handle
             .route()
             .get(query)
@@ -106,7 +117,9 @@ pub async fn observe(netns: &Path, name: &str) -> Result<LinkState, LinkError> {
             .try_collect()
             .await
             .map_err(failed("routes"))?;
-        routes.extend(family);
+        // A kernel without IPv6 answers with all it has: IPv4's routes once more.
+        let answered = family.into_iter();
+        routes.extend(answered.filter(|route| route.header.address_family == asked));
     }
 
     let routes: Vec<DeviceRoute> = routes

@@ -13,6 +13,7 @@ use std::thread;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::statfs::{NSFS_MAGIC, statfs};
 use tokio::sync::oneshot;
 
 /// What can go wrong with a namespace.
@@ -82,6 +83,11 @@ pub fn delete_blocking(path: &Path) -> Result<(), NetnsError> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(NetnsError::io(path, "unlink", e)),
         _ => Ok(()),
     }
+}
+
+/// Whether a namespace is mounted at `path`.
+pub fn is_namespace(path: &Path) -> bool {
+    statfs(path).is_ok_and(|fs| fs.filesystem_type() == NSFS_MAGIC)
 }
 
 /// Runs `work` in the namespace at `path`, on a thread of its own, and gives its result.

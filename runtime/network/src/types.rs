@@ -23,6 +23,10 @@ pub struct Attachment {
     pub bandwidth: Option<Bandwidth>,
     /// Capability `dns`.
     pub dns: Option<Dns>,
+    /// Capability `ips`: addresses that the pod must get.
+    pub ips: Vec<Cidr>,
+    /// Capability `mac`.
+    pub mac: Option<String>,
     /// Capability `io.kubernetes.cri.pod-annotations`.
     pub annotations: BTreeMap<String, String>,
 }

@@ -1,6 +1,7 @@
 //! Virtual machines, and the virtio devices podvisor owns.
 //!
 //! - [`vm`]: what a VM is made of ([`VmConfig`]) and the trait that every backend implements ([`Vmm`])
+//! - [`kvm`]: our own backend; so far whether KVM works here
 //! - [`qemu`]: the backend that runs QEMU as a child process
 //! - [`device`]: [`VirtioDevice`], the trait of our devices, which knows nothing of any transport
 //! - [`devices`]: the devices: [`devices::disk`] (segments of files as one disk) and [`devices::vsock`]
@@ -11,6 +12,7 @@
 pub mod buffers;
 pub mod device;
 pub mod devices;
+pub mod kvm;
 pub mod qemu;
 #[cfg(test)]
 mod test_queue;
