@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 
 use crate::cri::Cri;
 use crate::host::Instance;
-use crate::{PATIENCE, built, eventually, output_of, rig};
+use crate::{PATIENCE, built, eventually, finished, output_of, rig};
 
 /// Daemons that run at the same time, each with its VMs. More do not get a machine done sooner.
 fn slots() -> usize {
@@ -229,6 +229,7 @@ impl Daemon {
             .arg(self.instance.data_dir())
             .env(Instance::MARK, self.instance.number().to_string())
             .env_remove("RUST_LOG")
+            .env("NO_COLOR", "1")
             .stdin(Stdio::null());
         command
     }
@@ -334,11 +335,7 @@ impl Daemon {
 
     /// What `podvisor check --leaks` prints.
     pub fn leaks(&self) -> String {
-        let output = self
-            .cli()
-            .args(["check", "--leaks"])
-            .output()
-            .expect("it runs");
+        let output = finished(self.cli().args(["check", "--leaks"]));
         let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
         said.push_str(&String::from_utf8_lossy(&output.stderr));
         if said.is_empty() {

@@ -7,15 +7,11 @@ use std::process::{Output, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use podvisor_tests::daemon::Daemon;
-use podvisor_tests::eventually;
 use podvisor_tests::registry::busybox;
+use podvisor_tests::{eventually, finished};
 
 fn podvisor(daemon: &Daemon, args: &[&str]) -> Output {
-    daemon
-        .cli()
-        .args(args)
-        .output()
-        .expect("it can be executed")
+    finished(daemon.cli().args(args))
 }
 
 fn text(bytes: &[u8]) -> String {

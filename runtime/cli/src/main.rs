@@ -119,7 +119,7 @@ enum Command {
     /// List pods and their containers
     Ps,
     /// Check whether this machine can run pods; exit code 1 when something needed is missing
-    Check,
+    Check(check::CheckArgs),
     /// Measure pods on this machine: times by phase, memory of their processes, pulls
     Bench(Box<bench::BenchArgs>),
     /// Show the kernel log of a pod's virtual machine
@@ -158,7 +158,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run(args) => Box::pin(run::run(context, *args)).await,
         Command::Ps => ps::ps(context).await.map(|()| ExitCode::SUCCESS),
-        Command::Check => check::check(context).await,
+        Command::Check(args) => check::check(context, args).await,
         Command::Bench(args) => Box::pin(bench::bench(context, *args))
             .await
             .map(|()| ExitCode::SUCCESS),

@@ -1,6 +1,7 @@
 //! `podvisor run` against a podvisord and a monitor that do as the test says: whatever happens, the
 //! pod is removed and the exit code tells what happened.
 
+#[allow(dead_code)] // Each test binary uses its part.
 mod fake;
 
 use std::process::{Command, Stdio};
@@ -35,7 +36,7 @@ fn the_timeline_goes_to_standard_error() {
     let output = podvisor(&fake).arg("image").output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(
-        stderr.contains("boot") && stderr.contains("start container"),
+        stderr.contains("vm start") && stderr.contains("start container"),
         "{stderr}"
     );
     assert_eq!(output.stdout, b"out\n");
@@ -130,13 +131,7 @@ fn a_reader_that_goes_away_ends_the_pod() {
 }
 
 fn podvisor(fake: &Fake) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_podvisor"));
-    command
-        .arg("--config")
-        .arg(fake.config())
-        .arg("--run-dir")
-        .arg(fake.run_dir())
-        .arg("run")
-        .env_remove("PODVISOR_SOCKET");
+    let mut command = fake.podvisor();
+    command.arg("run");
     command
 }

@@ -26,6 +26,9 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
 use tracing::{info, warn};
 
+use crate::state::now_ns;
+use crate::text;
+
 /// Port of the host that the agent dials.
 pub const CONTROL_PORT: u32 = 1024;
 
@@ -126,8 +129,8 @@ impl Agent {
         if hello.version != VERSION {
             return Err(AgentError::Version(hello.version));
         }
-        cut(&mut hello.agent_version, 64);
-        cut(&mut hello.kernel_release, 128);
+        hello.agent_version = text::from_guest(&hello.agent_version, 64);
+        hello.kernel_release = text::from_guest(&hello.kernel_release, 128);
         Ok(hello)
     }
 
@@ -208,25 +211,16 @@ async fn call<T>(
 ) -> Result<T, AgentError> {
     match timeout(after, answer).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => {
-            let mut message = status.message().to_owned();
-            cut(&mut message, MAX_TEXT);
-            let code = status.code();
-            Err(AgentError::Failed { code, message })
-        }
+        Ok(Err(status)) => Err(failed(&status)),
         Err(_) => Err(AgentError::Deadline { rpc, after }),
     }
 }
 
-/// Shortens a text of the guest.
-fn cut(text: &mut String, length: usize) {
-    text.truncate(text.floor_char_boundary(length));
-}
-
 /// What the link tells of the agent.
 pub trait Observer {
-    /// The agent has said hello, for the first time or on a new connection.
-    fn connected(&self, agent: Agent, hello: &HelloResponse);
+    /// The agent, which dialled at `dialled_ns` (nanoseconds since the epoch), has said hello, for
+    /// the first time or on a new connection.
+    fn connected(&self, agent: Agent, hello: &HelloResponse, dialled_ns: u64);
     /// The connection broke.
     fn disconnected(&self);
     /// Each event once, in order.
@@ -254,9 +248,10 @@ async fn serve_link(
     last_event: &mut u64,
     observer: &impl Observer,
 ) -> Result<(), AgentError> {
+    let dialled_ns = now_ns();
     let agent = Agent::connect(stream).await?;
     let hello = agent.hello().await?;
-    observer.connected(agent.clone(), &hello);
+    observer.connected(agent.clone(), &hello, dialled_ns);
     loop {
         // This acknowledges all events so far.
         let mut events = agent.events(*last_event).await?;
@@ -264,7 +259,7 @@ async fn serve_link(
         while count < EVENTS_PER_REQUEST {
             tokio::select! {
                 event = events.message() => {
-                    let Some(event) = event.map_err(broken)? else { return Ok(()) };
+                    let Some(event) = event.map_err(|status| failed(&status))? else { return Ok(()) };
                     count += 1;
                     if event.sequence > *last_event {
                         *last_event = event.sequence;
@@ -277,9 +272,9 @@ async fn serve_link(
     }
 }
 
-fn broken(status: Status) -> AgentError {
+fn failed(status: &Status) -> AgentError {
     AgentError::Failed {
         code: status.code(),
-        message: status.message().to_owned(),
+        message: text::from_guest(status.message(), MAX_TEXT),
     }
 }

@@ -13,6 +13,8 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::text;
+
 /// Bytes kept.
 const CAPACITY: usize = 64 * 1024;
 
@@ -76,7 +78,7 @@ impl Console {
         let ring = self.lock();
         let skip = ring.bytes.len().saturating_sub(TAIL);
         let bytes: Vec<u8> = ring.bytes.iter().skip(skip).copied().collect();
-        let text = String::from_utf8_lossy(&bytes).replace('\r', "");
+        let text = text::from_guest(&String::from_utf8_lossy(&bytes), TAIL);
         text.trim_end().to_owned()
     }
 

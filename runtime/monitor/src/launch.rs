@@ -5,7 +5,6 @@ use std::collections::HashSet;
 use std::io::{self, Read};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use podvisor_monitor::launcher::inherited_fds;
@@ -55,7 +54,6 @@ pub struct Inherited {
     /// The sandbox's folder.
     pub dir: OwnedFd,
     /// The same as a path.
-    pub dir_path: PathBuf,
     /// The pod's writable disk.
     pub scratch: OwnedFd,
     /// Its size in bytes.
@@ -105,7 +103,6 @@ pub fn receive(input: impl Read) -> Result<Inherited, LaunchError> {
         initramfs: own(vm.initramfs_fd),
         tap: (vm.tap_fd >= 0).then(|| own(vm.tap_fd)),
         sandbox_id: launch.sandbox_id,
-        dir_path: launch.dir.into(),
         scratch_bytes: launch.scratch_bytes,
         boot_timeout: Duration::from_millis(launch.boot_timeout_ms),
         requested_ns: launch.requested_ns,

@@ -10,6 +10,7 @@
 //! - [`console`]: the guest's console
 //! - [`fd_table`]: file descriptors that come later
 //! - [`service`]: the gRPC service
+//! - [`text`]: the guest's words, made harmless
 //!
 //! One thread runs all of that. Others: a pump for each container with output, the devices of the
 //! VM (crate `podvisor-vmm`), and short-lived ones that write the state file. The guest is hostile:
@@ -23,6 +24,7 @@ mod log;
 mod pod;
 mod service;
 mod state;
+mod text;
 mod vm;
 
 use std::io;
@@ -176,7 +178,6 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
         }),
         disk,
         vsock: vsock_device,
-        work_dir: inherited.dir_path,
         console: console_writer,
     };
     pod.add_phase("monitor start", begin_ns, now_ns());

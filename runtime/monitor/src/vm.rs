@@ -74,7 +74,11 @@ async fn live(
     let boot_deadline = Instant::now() + boot_timeout;
     let start_ns = now_ns();
     // Its end is corrected by the guest's own clock, once the agent is there.
-    let mut vm = match timeout_at(boot_deadline, qemu::start(config, qemu)).await {
+    let started = tokio::select! {
+        started = timeout_at(boot_deadline, qemu::start(config, qemu)) => started,
+        () = pod.vm_kill().cancelled() => return ("Shutdown", String::new()),
+    };
+    let mut vm = match started {
         Ok(Ok(vm)) => vm,
         Ok(Err(error)) => {
             let message = with_console(pod, &format!("the VM did not start: {error}")).await;
@@ -95,8 +99,7 @@ async fn live(
     };
     tokio::select! {
         exit = vm.exited() => return exit_reason(pod, exit).await,
-        true = booted => {}
-        else => {
+        booted = booted => if !booted {
             vm.kill().await;
             let message = with_console(pod, &boot_timeout_message(boot_timeout)).await;
             return ("BootTimeout", message);

@@ -66,8 +66,13 @@ async fn a_pod_from_boot_to_shutdown() {
         .await
         .unwrap();
     assert_eq!(large.stdout.len(), 3_000_000);
-    let late = pod.exec(&id, &["sleep", "1000"], 300).await.unwrap_err();
+    let script = "sleep 1234 & sleep 1234";
+    let late = pod.exec(&id, &["sh", "-c", script], 500).await.unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded);
+    let script = "cat /proc/[0-9]*/cmdline";
+    let left = pod.exec(&id, &["sh", "-c", script], 0).await.unwrap();
+    let left = String::from_utf8_lossy(&left.stdout).into_owned();
+    assert!(left.contains("sleep") && !left.contains("1234"), "{left}");
     let missing = pod.exec(&id, &["no-such-program"], 0).await.unwrap_err();
     assert!(missing.message().contains("no-such-program"), "{missing}");
 
@@ -181,7 +186,7 @@ async fn a_killed_vm_is_reported_at_once() {
 
 #[tokio::test]
 async fn a_guest_that_panics_says_so() {
-    // Its init is not there.
+    // Without an init.
     let Some(mut pod) = Pod::launch(PATIENCE, "rdinit=/nothing root=/dev/none") else {
         return;
     };
@@ -205,12 +210,15 @@ async fn a_guest_that_panics_says_so() {
 
 #[tokio::test]
 async fn a_guest_that_does_not_come_up_in_time_is_given_up() {
-    let Some(mut pod) = Pod::launch(Duration::from_millis(250), "") else {
+    // Long enough for QEMU to start, and a kernel that stays where it is when it panics.
+    let cmdline = "panic=0 rdinit=/nothing root=/dev/none";
+    let Some(mut pod) = Pod::launch(Duration::from_secs(5), cmdline) else {
         return;
     };
     let error = pod.configure().await.unwrap_err();
     assert_eq!(error.code(), Code::DeadlineExceeded);
     assert!(error.message().contains("BootTimeout"), "{error}");
+    assert!(error.message().contains("Kernel panic"), "{error}");
     let state = pod.state_when(|_| true).await;
     assert_eq!(state.state(), SandboxState::Stopped);
 }

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::process::ExitStatus;
 
@@ -31,8 +30,6 @@ pub struct VmConfig {
     pub disk: SegmentMap,
     /// The vsock device.
     pub vsock: VsockDevice,
-    /// A folder of the VM's own for files that a backend may need while it starts.
-    pub work_dir: PathBuf,
     /// Receives what the guest writes to its first serial port: the write end of a pipe that the caller drains.
     pub console: OwnedFd,
 }

@@ -3,14 +3,17 @@
 mod common;
 
 use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::{fs, io};
+use std::process::Stdio;
 
 use common::{Guest, PATIENCE};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use podvisor_vmm::qemu::{self, Accel, QemuConfig, QemuError};
-use podvisor_vmm::{Access, ExitReason, Segment};
+use podvisor_vmm::{Access, ExitReason, NetConfig, Segment};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -159,7 +162,8 @@ async fn vsock_carries_streams_both_ways() {
     );
 
     // The pod's socket, for other processes.
-    let path = guest.dir.path().join("vsock.sock");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vsock.sock");
     guest
         .vsock
         .serve(UnixListener::bind(&path).unwrap())
@@ -243,11 +247,91 @@ async fn a_killed_qemu_is_told_apart_and_reaped() {
     assert!(matches!(reason, ExitReason::VmmExited { .. }), "{reason:?}");
     assert!(!Path::new(&format!("/proc/{pid}")).exists(), "not reaped");
     assert_eq!(guest.vmm.pid(), None);
+}
+
+/// Set in the process that `a_vm_ends_with_its_process` kills.
+const KEEPER: &str = "PODVISOR_TEST_KEEPER";
+
+#[tokio::test]
+async fn a_vm_ends_with_its_process() {
+    if std::env::var_os(KEEPER).is_some() {
+        let guest = Guest::boot().await.unwrap();
+        println!("\nqemu {}", guest.vmm.pid().unwrap());
+        std::future::pending::<()>().await;
+    }
+    if common::prerequisites().is_none() {
+        return;
+    }
+    let mut keeper = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_vm_ends_with_its_process", "--nocapture"])
+        .env(KEEPER, "1")
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(keeper.stdout.take().unwrap()).lines();
+    let pid = loop {
+        let line = timeout(PATIENCE, lines.next_line())
+            .await
+            .unwrap()
+            .unwrap()
+            .expect("the VM does not start");
+        if let Some(pid) = line.strip_prefix("qemu ") {
+            break pid.parse().unwrap();
+        }
+    };
+    let qemu = pidfd_open(pid);
+    keeper.kill().await.unwrap();
+    let mut ended = [PollFd::new(qemu.as_fd(), PollFlags::POLLIN)];
     assert_eq!(
-        fs::read_dir(guest.dir.path()).unwrap().count(),
-        0,
-        "files are left behind"
+        nix::poll::poll(&mut ended, PollTimeout::try_from(PATIENCE).unwrap()),
+        Ok(1),
+        "QEMU lives on"
     );
+}
+
+/// A descriptor that is readable once the process has ended.
+fn pidfd_open(pid: i32) -> OwnedFd {
+    // SAFETY: a system call without pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    assert!(fd >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: just opened, and nobody else's.
+    unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
+#[tokio::test]
+async fn the_network_device_is_the_tap() {
+    let Some(tap) = open_tap() else { return };
+    let mac = "02:01:02:03:04:05";
+    let net = NetConfig {
+        tap,
+        mac: mac.into(),
+    };
+    let Some(mut guest) = Guest::boot_with(|config| config.net = Some(net)).await else {
+        return;
+    };
+    assert_eq!(guest.command("mac").await, mac);
+}
+
+/// A tap as the network crate makes it, in the test's own network namespace.
+fn open_tap() -> Option<OwnedFd> {
+    use libc::{IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUNSETIFF, ifreq, ioctl};
+    let tun = match File::options().read(true).write(true).open("/dev/net/tun") {
+        Ok(tun) => tun,
+        Err(error) => {
+            println!("SKIPPED: /dev/net/tun: {error}");
+            return None;
+        }
+    };
+    // SAFETY: an all-zero ifreq is valid; the kernel picks a name.
+    let mut request: ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as i16;
+    // SAFETY: TUNSETIFF takes an ifreq.
+    if unsafe { ioctl(tun.as_raw_fd(), TUNSETIFF, &raw mut request) } != 0 {
+        println!("SKIPPED: no tap: {}", io::Error::last_os_error());
+        return None;
+    }
+    Some(tun.into())
 }
 
 #[tokio::test]

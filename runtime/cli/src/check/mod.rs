@@ -1,12 +1,14 @@
-//! `podvisor check`: whether this machine can run pods.
+//! `podvisor check`: whether this machine can run pods, and whether anything was left behind.
 //!
 //! - [`host`]: the kernel and the rights.
 //! - [`parts`]: the programs and files podvisor needs, and podvisord itself.
+//! - [`leaks`]: `podvisor check --leaks`.
 //!
 //! What can be tried is tried, with the code that pods use; nothing is concluded from versions
 //! where a trial is possible.
 
 mod host;
+mod leaks;
 mod parts;
 
 use std::process::ExitCode;
@@ -15,6 +17,15 @@ use serde::Serialize;
 
 use crate::text::{self, Colour, paint};
 use crate::{Context, Output};
+
+/// Options of `podvisor check`.
+#[derive(Debug, clap::Args)]
+pub struct CheckArgs {
+    /// Instead, list what podvisor has on this machine for no sandbox, one line each: nothing, and
+    /// exit code 0, when all is well. Pods and pulls that are under way show
+    #[arg(long)]
+    leaks: bool,
+}
 
 /// What was found of one prerequisite.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -82,8 +93,11 @@ impl Finding {
     }
 }
 
-/// Reports; the exit code is 1 when something that is needed is missing.
-pub async fn check(context: &Context) -> anyhow::Result<ExitCode> {
+/// Reports; the exit code is 1 when something that is needed is missing, or something has leaked.
+pub async fn check(context: &Context, args: CheckArgs) -> anyhow::Result<ExitCode> {
+    if args.leaks {
+        return leaks::leaks(context).await;
+    }
     let mut findings = host::check(context).await;
     findings.extend(parts::check(context).await);
     match context.output {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex};
 
 use futures_util::{StreamExt, stream};
@@ -59,7 +60,10 @@ impl Fake {
             calls: Mutex::default(),
             called: Condvar::new(),
             log: Mutex::default(),
-            snapshots: watch::Sender::new(Some(monitor::Snapshot::default())),
+            snapshots: watch::Sender::new(Some(monitor::Snapshot {
+                monitor_pid: std::process::id(),
+                ..Default::default()
+            })),
         });
         let monitor_dir = dir.path().join("sandboxes").join(POD);
         fs::create_dir_all(&monitor_dir).unwrap();
@@ -89,12 +93,21 @@ impl Fake {
         Self { dir, shared }
     }
 
-    pub fn run_dir(&self) -> &Path {
+    /// A folder of the test's own.
+    pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    pub fn config(&self) -> PathBuf {
-        self.dir.path().join("config.toml")
+    /// `podvisor` with the options that lead to these servers.
+    pub fn podvisor(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_podvisor"));
+        command
+            .arg("--config")
+            .arg(self.dir.path().join("config.toml"))
+            .arg("--run-dir")
+            .arg(self.dir.path())
+            .env_remove("PODVISOR_SOCKET");
+        command
     }
 
     /// Names of the calls so far that change or look for something.
@@ -165,7 +178,7 @@ impl RuntimeService for Shared {
         &self,
         _: Request<cri::PodSandboxStatusRequest>,
     ) -> Answer<cri::PodSandboxStatusResponse> {
-        let timeline = r#"[{"phase":"boot","start_ms":0.5,"end_ms":500.0}]"#;
+        let timeline = r#"[{"phase":"vm start","start_ms":0.5,"end_ms":100.0},{"phase":"agent","start_ms":100.0,"end_ms":500.5}]"#;
         Ok(Response::new(cri::PodSandboxStatusResponse {
             info: [("timeline".to_owned(), timeline.to_owned())].into(),
             ..Default::default()
@@ -210,7 +223,9 @@ impl RuntimeService for Shared {
     ) -> Answer<cri::CreateContainerResponse> {
         self.call("CreateContainer");
         let config = request.into_inner().config.unwrap();
-        self.log.lock().unwrap().push(config.log_path);
+        if !config.log_path.is_empty() {
+            self.log.lock().unwrap().push(config.log_path);
+        }
         Ok(Response::new(cri::CreateContainerResponse {
             container_id: CONTAINER.into(),
         }))
@@ -224,7 +239,9 @@ impl RuntimeService for Shared {
         if self.start == Start::Fails {
             return Err(Status::unknown("no such file: nope"));
         }
-        self.write_log();
+        if !self.log.lock().unwrap().as_os_str().is_empty() {
+            self.write_log();
+        }
         match self.start {
             Start::Exits(code) => self.exit(code),
             Start::MonitorDies => drop(self.snapshots.send_replace(None)),
@@ -250,6 +267,24 @@ impl RuntimeService for Shared {
                 message: message.into(),
                 ..Default::default()
             }),
+            ..Default::default()
+        }))
+    }
+
+    async fn version(&self, _: Request<cri::VersionRequest>) -> Answer<cri::VersionResponse> {
+        Ok(Response::new(cri::VersionResponse {
+            runtime_version: "0.0.1".into(),
+            ..Default::default()
+        }))
+    }
+
+    async fn exec_sync(
+        &self,
+        request: Request<cri::ExecSyncRequest>,
+    ) -> Answer<cri::ExecSyncResponse> {
+        self.call(format!("ExecSync {}", request.into_inner().cmd.join(" ")));
+        Ok(Response::new(cri::ExecSyncResponse {
+            stdout: "MemAvailable: 1 kB\n".into(),
             ..Default::default()
         }))
     }
@@ -280,6 +315,24 @@ impl ImageService for Shared {
             image,
             ..Default::default()
         }))
+    }
+
+    async fn pull_image(
+        &self,
+        _: Request<cri::PullImageRequest>,
+    ) -> Answer<cri::PullImageResponse> {
+        self.call("PullImage");
+        Ok(Response::new(cri::PullImageResponse {
+            image_ref: "sha256:1".into(),
+        }))
+    }
+
+    async fn remove_image(
+        &self,
+        _: Request<cri::RemoveImageRequest>,
+    ) -> Answer<cri::RemoveImageResponse> {
+        self.call("RemoveImage");
+        Ok(Response::new(cri::RemoveImageResponse {}))
     }
 }
 

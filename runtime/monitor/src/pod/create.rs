@@ -4,7 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use podvisor_proto::agent;
-use podvisor_proto::monitor::{self, ContainerState, CreateContainerRequest};
+use podvisor_proto::monitor::{self, ContainerState, CreateContainerRequest, SandboxState};
 use prost::Message;
 use tracing::{info, warn};
 
@@ -22,6 +22,10 @@ impl Pod {
         let _operation = container.operation.lock().await;
         if self.state.container_state(&container.id).is_some() {
             return Ok(()); // A retry.
+        }
+        // A try that failed meanwhile has taken the entry away.
+        if !Arc::ptr_eq(&container, &self.container(&request.id)?) {
+            return Err(PodError::State("tried twice at a time".to_owned()));
         }
         match self.create_in_guest(&agent, &request).await {
             Ok(user) => {
@@ -55,13 +59,11 @@ impl Pod {
         if self.container(id).is_err() {
             return Ok(()); // Another caller was faster.
         }
-        // Without an agent there is nothing left to remove, or soon will be.
-        if let Ok(agent) = self.any_agent() {
-            let removed = agent.remove_container(id).await?;
+        // With the VM, all is gone that there was.
+        if self.state.sandbox_state() != SandboxState::Stopped {
+            let removed = self.any_agent()?.remove_container(id).await?;
             self.layers.release(&container.diff_ids);
             self.layers.unmap(&removed.released);
-        } else {
-            self.layers.release(&container.diff_ids);
         }
         self.containers().remove(id);
         self.state

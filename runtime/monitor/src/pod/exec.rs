@@ -8,7 +8,7 @@ use podvisor_monitor::fd_socket::Token;
 use podvisor_proto::agent::{ExecRequest, Exit, SignalRequest};
 use podvisor_proto::monitor::{ContainerState, ExecSyncRequest, ExecSyncResponse};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -107,7 +107,9 @@ impl Pod {
         let too_late = async {
             match request.timeout_ms {
                 0 => std::future::pending().await,
-                timeout => sleep_until(begin + Duration::from_millis(timeout)).await,
+                timeout => {
+                    sleep(Duration::from_millis(timeout).saturating_sub(begin.elapsed())).await;
+                }
             }
         };
         let failed = tokio::select! {

@@ -32,6 +32,7 @@ use podvisor_proto::monitor::{
 use podvisor_vmm::SegmentMap;
 use thiserror::Error;
 use tokio::sync::{Semaphore, watch};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 use tracing::{debug, info, warn};
@@ -47,6 +48,9 @@ pub use streams::Dial;
 
 /// Execs at a time: each may keep its output in our memory.
 const MAX_EXECS: usize = 64;
+
+/// How long an agent whose connection broke may take to dial again.
+const AGENT_RETURN: Duration = Duration::from_secs(10);
 
 /// How long the streams of a VM that is gone may take to end.
 const VM_GONE_DRAIN: Duration = Duration::from_millis(500);
@@ -232,9 +236,15 @@ impl Pod {
     /// Sets the sandbox and its network once the agent is there.
     pub async fn configure(&self, request: ConfigureRequest) -> Result<(), PodError> {
         let _one_at_a_time = self.configuring.lock().await;
+        // The boot has its own deadline; an agent that was there and is gone is given some time.
+        let agent_lost = async {
+            self.state.wait_for(|s| !s.agent_version.is_empty()).await;
+            sleep(AGENT_RETURN).await;
+        };
         tokio::select! {
             () = self.agent_ready() => {}
             () = self.vm_gone.cancelled() => {}
+            () = agent_lost => {}
         }
         match self.state.sandbox_state() {
             SandboxState::Ready => return Ok(()),
@@ -246,10 +256,13 @@ impl Pod {
         let mut sandbox = request.sandbox.unwrap_or_default();
         sandbox.scratch = Some(self.scratch);
         sandbox.time_ns = start_ns;
-        agent.configure_sandbox(sandbox).await?;
-        if let Some(network) = request.network {
-            agent.configure_network(network).await?;
-        }
+        let network = async {
+            match request.network {
+                Some(network) => agent.configure_network(network).await,
+                None => Ok(()),
+            }
+        };
+        tokio::try_join!(agent.configure_sandbox(sandbox), network)?;
         self.add_phase("configure", start_ns, now_ns());
         self.state.update(|snapshot| {
             // The VM may have ended meanwhile.
@@ -341,20 +354,16 @@ impl Pod {
 }
 
 impl Observer for Arc<Pod> {
-    fn connected(&self, agent: Agent, hello: &HelloResponse) {
-        let now = now_ns();
-        let mut first = false;
+    fn connected(&self, agent: Agent, hello: &HelloResponse, dialled_ns: u64) {
         self.state.update(|snapshot| {
-            first = snapshot.agent_version.is_empty();
             hello.agent_version.clone_into(&mut snapshot.agent_version);
             hello
                 .kernel_release
                 .clone_into(&mut snapshot.kernel_release);
             snapshot.guest_memory_total_bytes = hello.memory_total_bytes;
             snapshot.guest_memory_available_bytes = hello.memory_available_bytes;
-            if first {
-                complete_boot_timeline(snapshot, hello, now.saturating_sub(self.requested_ns));
-            }
+            let ready_ns = dialled_ns.saturating_sub(self.requested_ns);
+            complete_boot_timeline(snapshot, hello, ready_ns);
         });
         info!(version = hello.agent_version, "the agent is there");
         self.agent.send_replace(Some(agent));
@@ -384,24 +393,30 @@ impl Observer for Arc<Pod> {
 /// Name of the phase from QEMU's start to the first instruction of the guest's kernel.
 pub const PHASE_VM_START: &str = "vm start";
 
-/// Splits the time from the VM's start to the agent's hello (`now_ns`, on the timeline) by the
+/// The phase after it.
+const PHASE_GUEST_KERNEL: &str = "guest kernel";
+
+/// Splits the time from the VM's start to the agent's readiness (`ready_ns`, on the timeline) by the
 /// guest's own clock, which started with its kernel. The guest may say anything: phases stay in
-/// order and within that time.
-fn complete_boot_timeline(snapshot: &mut Snapshot, hello: &HelloResponse, now_ns: u64) {
-    let vm_start = snapshot
-        .timeline
-        .iter_mut()
-        .find(|entry| entry.phase == PHASE_VM_START);
-    let Some(vm_start) = vm_start else { return };
-    let longest = now_ns.saturating_sub(vm_start.start_ns);
+/// order and within that time. Does nothing the second time.
+fn complete_boot_timeline(snapshot: &mut Snapshot, hello: &HelloResponse, ready_ns: u64) {
+    let mut phases = snapshot.timeline.iter();
+    if phases.any(|entry| entry.phase == PHASE_GUEST_KERNEL) {
+        return;
+    }
+    let mut phases = snapshot.timeline.iter_mut();
+    let Some(vm_start) = phases.find(|entry| entry.phase == PHASE_VM_START) else {
+        return;
+    };
+    let longest = ready_ns.saturating_sub(vm_start.start_ns);
     let ready = hello.ready_ns.min(longest);
     let init_started = hello.init_started_ns.min(ready);
-    let kernel_start_ns = now_ns - ready;
+    let kernel_start_ns = ready_ns - ready;
     let init_ns = kernel_start_ns + init_started;
     vm_start.end_ns = kernel_start_ns;
     for (phase, start_ns, end_ns) in [
-        ("guest kernel", kernel_start_ns, init_ns),
-        ("agent", init_ns, now_ns),
+        (PHASE_GUEST_KERNEL, kernel_start_ns, init_ns),
+        ("agent", init_ns, ready_ns),
     ] {
         snapshot.timeline.push(TimelineEntry {
             phase: phase.to_owned(),

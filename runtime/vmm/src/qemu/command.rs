@@ -62,7 +62,9 @@ pub(super) fn arguments(config: &VmConfig, accel: Accel, sockets: &Sockets) -> A
     ]);
     match accel {
         Accel::Kvm => args.add(["-accel", "kvm", "-cpu", "host"]),
-        Accel::Tcg => args.add(["-accel", "tcg", "-cpu", "max"]),
+        // One CPU needs no locks between translated blocks of several.
+        Accel::Tcg if config.vcpus == 1 => args.add(["-accel", "tcg,thread=single", "-cpu", "max"]),
+        Accel::Tcg => args.add(["-accel", "tcg,thread=multi", "-cpu", "max"]),
     }
     args.add([
         "-smp",

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use podvisor_vmm::qemu::{self, Accel, QemuConfig, TscMeter};
 use podvisor_vmm::{SegmentMap, VmConfig, Vmm, VsockDevice, VsockHandle};
-use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -40,19 +39,24 @@ pub struct Guest {
     pub control: BufReader<UnixStream>,
     /// What the guest writes to its console.
     pub console: std::io::PipeReader,
-    pub dir: TempDir,
 }
 
 impl Guest {
     /// Boots a VM. `None`: a prerequisite is not there.
     pub async fn boot() -> Option<Self> {
+        Self::boot_with(|_| ()).await
+    }
+
+    /// Boots a VM that `change` has changed.
+    pub async fn boot_with(change: impl FnOnce(&mut VmConfig)) -> Option<Self> {
         let (binary, kernel) = prerequisites()?;
         // Shown when a test fails. There may be one already: another test's.
         let _ = tracing_subscriber::fmt()
             .with_env_filter("podvisor_vmm=debug")
             .with_test_writer()
             .try_init();
-        let (config, vsock, console, dir) = config(&kernel);
+        let (mut config, vsock, console) = config(&kernel);
+        change(&mut config);
         let mut control = vsock.listen(1024);
         let disk = config.disk.clone();
         let vmm = qemu::start(
@@ -77,7 +81,6 @@ impl Guest {
             vsock,
             control: BufReader::new(control),
             console,
-            dir,
         })
     }
 
@@ -126,8 +129,7 @@ async fn last_words(mut vmm: Box<dyn Vmm>, mut console: std::io::PipeReader) -> 
 }
 
 /// A VM with 128 MiB and one CPU.
-pub fn config(kernel: &Path) -> (VmConfig, VsockHandle, std::io::PipeReader, TempDir) {
-    let dir = tempfile::tempdir().unwrap();
+pub fn config(kernel: &Path) -> (VmConfig, VsockHandle, std::io::PipeReader) {
     let (console, console_in) = std::io::pipe().unwrap();
     let (device, vsock) = VsockDevice::new(3).unwrap();
     let config = VmConfig {
@@ -143,10 +145,9 @@ pub fn config(kernel: &Path) -> (VmConfig, VsockHandle, std::io::PipeReader, Tem
         net: None,
         disk: SegmentMap::new(),
         vsock: device,
-        work_dir: dir.path().into(),
         console: console_in.into(),
     };
-    (config, vsock, console, dir)
+    (config, vsock, console)
 }
 
 /// An initramfs with `tests/guest/init.c` as its init, built once.

@@ -6,6 +6,7 @@
 //   write N OFFSET LENGTH BYTE  ok | errno (written and synced)
 //   discard N OFFSET LENGTH     ok | errno
 //   dial PORT                   ok | errno
+//   mac                         eth0's address | errno
 //   reboot
 //   panic
 
@@ -15,6 +16,7 @@
 #include <linux/blkpg.h>
 #include <linux/fs.h>
 #include <linux/vm_sockets.h>
+#include <net/if.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -139,6 +141,18 @@ static int discard(int number, long long offset, long long length) {
     return result;
 }
 
+static void mac(int control) {
+    struct ifreq request = {.ifr_name = "eth0"};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (ioctl(fd, SIOCGIFHWADDR, &request) < 0) {
+        dprintf(control, "%s\n", strerrorname_np(errno));
+    } else {
+        unsigned char *a = (unsigned char *)request.ifr_hwaddr.sa_data;
+        dprintf(control, "%02x:%02x:%02x:%02x:%02x:%02x\n", a[0], a[1], a[2], a[3], a[4], a[5]);
+    }
+    close(fd);
+}
+
 static void answer(int control, int result) {
     dprintf(control, "%s\n", result < 0 ? strerrorname_np(errno) : "ok");
 }
@@ -168,7 +182,9 @@ int main(void) {
             int fd = dial(port);
             answer(control, fd);
             close(fd);
-        } else if (strcmp(line, "panic\n") == 0)
+        } else if (strcmp(line, "mac\n") == 0)
+            mac(control);
+        else if (strcmp(line, "panic\n") == 0)
             exit(0); // the end of PID 1
         else
             break;

@@ -74,7 +74,7 @@ fn execute(
     match kind {
         VIRTIO_BLK_T_IN => read(map, sector, writable),
         VIRTIO_BLK_T_OUT => write(map, sector, readable),
-        VIRTIO_BLK_T_FLUSH => map.flush().map_err(|error| io_failure("flush", 0, &error)),
+        VIRTIO_BLK_T_FLUSH => map.flush().map_err(|_| Failure::Io),
         VIRTIO_BLK_T_GET_ID => identify(writable),
         VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => clear(map, kind, readable),
         _ => Err(Failure::Unsupported),
@@ -84,9 +84,10 @@ fn execute(
 fn read(map: &SegmentMap, sector: u64, into: &mut GuestSlices<'_>) -> Result<(), Failure> {
     let offset = checked_offset(sector, into.len())?;
     let (source, at) = map.find(offset, into.len() as u64).ok_or(Failure::Io)?;
-    source
-        .read(at, into)
-        .map_err(|error| io_failure("read", offset, &error))
+    source.read(at, into).map_err(|error| {
+        source.report("read", at, &error);
+        Failure::Io
+    })
 }
 
 fn write(map: &SegmentMap, sector: u64, from: &mut GuestSlices<'_>) -> Result<(), Failure> {
@@ -95,9 +96,10 @@ fn write(map: &SegmentMap, sector: u64, from: &mut GuestSlices<'_>) -> Result<()
     if !source.writable() {
         return Err(Failure::Io);
     }
-    source
-        .write(at, from)
-        .map_err(|error| io_failure("write", offset, &error))
+    source.write(at, from).map_err(|error| {
+        source.report("write", at, &error);
+        Failure::Io
+    })
 }
 
 /// The byte offset of a transfer of `length` bytes, which must be whole sectors.
@@ -148,16 +150,13 @@ fn clear(map: &SegmentMap, kind: u32, ranges: &mut GuestSlices<'_>) -> Result<()
             Ok(()) => {}
             // The guest's kernel takes this as an answer and writes zeroes itself.
             Err(Errno::EOPNOTSUPP | Errno::ENODEV) => return Err(Failure::Unsupported),
-            Err(error) => return Err(io_failure("clear", offset, &error.into())),
+            Err(error) => {
+                source.report("clear", at, &error.into());
+                return Err(Failure::Io);
+            }
         }
     }
     Ok(())
-}
-
-/// The host's own failure: worth a line in its log, but not one for each request.
-fn io_failure(what: &str, offset: u64, error: &std::io::Error) -> Failure {
-    debug!(offset, %error, "disk {what} failed");
-    Failure::Io
 }
 
 fn le32(bytes: &[u8], at: usize) -> u32 {

@@ -10,6 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use thiserror::Error;
+use tracing::warn;
 
 use crate::buffers::GuestSlices;
 
@@ -121,6 +122,7 @@ impl SegmentMap {
             length: rounded,
             access,
             dirty: AtomicBool::new(false),
+            reported: AtomicBool::new(false),
         };
         segments.insert(start, Arc::new(source));
         Ok(Segment {
@@ -158,10 +160,11 @@ impl SegmentMap {
             .cloned()
             .collect();
         for source in dirty {
-            source
-                .file
-                .sync_data()
-                .inspect_err(|_| source.dirty.store(true, Ordering::Release))?;
+            if let Err(error) = source.file.sync_data() {
+                source.dirty.store(true, Ordering::Release);
+                source.report("flush", 0, &error);
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -200,9 +203,18 @@ pub(super) struct Source {
     access: Access,
     /// Written since the last flush.
     dirty: AtomicBool,
+    /// A failure of the file was logged.
+    reported: AtomicBool,
 }
 
 impl Source {
+    /// The host's own failure is worth a line in its log, but not one for each request that the guest makes of it.
+    pub(super) fn report(&self, what: &str, at: u64, error: &io::Error) {
+        if !self.reported.swap(true, Ordering::Relaxed) {
+            warn!(at, length = self.length, %error, "disk: {what} fails");
+        }
+    }
+
     pub(super) fn writable(&self) -> bool {
         self.access != Access::ReadOnly
     }

@@ -452,10 +452,11 @@ fn a_slow_host_stops_the_guest_and_loses_nothing() {
         }
         credit = header_credit(WINDOW, sent.len(), taken);
     }
-    assert_eq!(
-        rig.device.muxer.waiting(),
-        WINDOW as usize,
-        "the socket is full, and so is the window"
+    // The socket is full, and so is the window, except for what is not worth a packet yet.
+    let waiting = rig.device.muxer.waiting();
+    assert!(
+        (3 * WINDOW as usize / 4..=WINDOW as usize).contains(&waiting),
+        "{waiting}"
     );
 
     // The guest closes for good: it is told at once that it may forget, the host still gets all of it.
@@ -486,7 +487,7 @@ fn more_than_the_credit_is_a_violation() {
     let stream = rig.dial(&mut listener, PORTS);
     let mut ops = Vec::new();
     for _ in 0..100 {
-        rig.send(PORTS, Op::Data, 0, &[1; 32 << 10]);
+        rig.send(PORTS, Op::Data, 0, &vec![1; 32 << 10]);
         ops.extend(rig.receive_ops());
         assert!(rig.device.muxer.waiting() <= WINDOW as usize);
     }
@@ -797,7 +798,7 @@ proptest! {
             match host_action {
                 0 => drop(streams.pop()),
                 1 => streams.iter_mut().for_each(|stream| drop(stream.write(&[2; 5000]))),
-                2 => streams.iter_mut().for_each(|stream| drop(stream.read(&mut [0; 50_000]))),
+                2 => streams.iter_mut().for_each(|stream| drop(stream.read(&mut vec![0; 50_000]))),
                 3 => drop(rig.connect(u64::from(number) + 1_000_000, guest)),
                 4 => streams.iter().for_each(|stream| drop(stream.shutdown(Shutdown::Write))),
                 _ => drop(rig.filled()),
