@@ -76,6 +76,11 @@ impl Cgroup {
         self.0.join(name)
     }
 
+    /// Whether `other` is below this group.
+    pub fn is_above(&self, other: &Self) -> bool {
+        other.0.starts_with(&self.0)
+    }
+
     /// The group's directory, for `clone3` with `CLONE_INTO_CGROUP`.
     pub fn open(&self) -> io::Result<OwnedFd> {
         Ok(File::open(&self.0)?.into())

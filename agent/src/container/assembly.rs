@@ -76,6 +76,7 @@ impl Pod {
                 return Err(kernel("ending the container's processes")(error));
             }
             started.relays.end();
+            self.0.watch.forget(&started.memory);
         }
         container.end_execs();
 

@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
 
+use nix::sys::signal::Signal;
 use oci_spec::runtime::Process;
 use podvisor_proto::agent::{ConfigureSandboxRequest, ResolvedUser, Stdio};
 use tokio::task::JoinError;
@@ -201,8 +202,8 @@ struct Execs {
     running: HashMap<String, Exec>,
     /// Oldest first.
     ended: VecDeque<(String, Exec)>,
-    /// Being launched.
-    starting: usize,
+    /// Being launched, with the signal that came meanwhile.
+    starting: HashMap<String, Option<Signal>>,
 }
 
 struct Exec {

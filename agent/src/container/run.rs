@@ -53,7 +53,7 @@ impl Pod {
         }
         let memory = self.0.watch.memory(&container.id, &cgroup);
         match self
-            .launch(&container, stdio, wiring, &cgroup, memory)
+            .launch(&container, stdio, wiring, &cgroup, Arc::clone(&memory))
             .await
         {
             Ok((started, exit)) => {
@@ -65,6 +65,7 @@ impl Pod {
             Err(error) => {
                 let id = container.id.clone();
                 tokio::task::spawn_blocking(move || undo_start(&id, &cgroup)).await?;
+                self.0.watch.forget(&memory);
                 Err(error)
             }
         }

@@ -107,7 +107,6 @@ pub async fn boot() -> Option<VmGuest> {
         net: None,
         disk,
         vsock: device,
-        work_dir: directory.path().into(),
         console: console_in.into(),
     };
     let qemu = QemuConfig {
