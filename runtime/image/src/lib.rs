@@ -29,6 +29,8 @@ mod registry;
 pub mod scratch;
 mod store;
 mod tar;
+#[cfg(test)]
+mod testing;
 
 pub use hosts::Registries;
 pub use limits::Limits;
