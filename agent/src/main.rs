@@ -1,2 +1,82 @@
-//! Entry point.
-fn main() {}
+//! podvisor-agent: PID 1 of the guest. It turns the requests of the pod's monitor into containers.
+//!
+//! One binary, two programs. As PID 1 it is a single-threaded tokio runtime that must never block;
+//! what needs `fork` runs in the *launcher*, the same binary executed again, which has no runtime
+//! and no second thread.
+//!
+//! | module         | subject                                                                    |
+//! |----------------|----------------------------------------------------------------------------|
+//! | [`init`]       | what PID 1 does once: mounts, control groups, runtime                      |
+//! | [`server`]     | the connection to the host and the API on it                               |
+//! | [`service`]    | the API's calls, and which gRPC code an error becomes                      |
+//! | [`events`]     | exits and other news, numbered                                             |
+//! | [`reaper`]     | collects every child                                                       |
+//! | [`socket`]     | vsock (and unix) stream sockets                                            |
+//! | [`streams`]    | byte streams from the host, matched to processes by token                  |
+//! | [`relay`]      | bytes between a process and its streams                                    |
+//! | [`stdio`]      | pipes and terminals of one process                                         |
+//! | [`sandbox`]    | what all containers of the pod share                                       |
+//! | [`sysctl`]     | kernel parameters                                                          |
+//! | [`network`]    | interfaces, addresses, routes                                              |
+//! | [`disk`]       | segments of the pod's disk as partitions, layers mounted once              |
+//! | [`rootfs`]     | a container's root: layers under an overlay                                |
+//! | [`fd`]         | file descriptors without blocking                                          |
+//! | [`in_root`]    | files of a container's root, opened without following it outside           |
+//! | [`user`]       | who a process runs as, by the image's own files                            |
+//! | [`spec`]       | fills in what the OCI spec leaves to the guest                             |
+//! | [`cgroup`]     | control groups of containers and execs                                     |
+//! | [`watch`]      | news from control groups: out of memory, empty                             |
+//! | [`container`]  | the table of containers and their life                                     |
+//! | [`launcher`]   | the re-executed, single-threaded process that forks containers and execs   |
+//! | [`kmsg`]       | log lines, to the kernel's log                                             |
+// The guest's initramfs has no /dev/null, and Rust's own start-up aborts when it cannot open it for a
+// missing stdin. So `main` is C's.
+#![cfg_attr(not(test), no_main)]
+
+mod cgroup;
+mod container;
+mod disk;
+mod events;
+mod fd;
+mod in_root;
+mod init;
+mod kmsg;
+mod launcher;
+mod network;
+mod reaper;
+mod relay;
+mod rootfs;
+mod sandbox;
+mod server;
+mod service;
+mod socket;
+mod spec;
+mod stdio;
+mod streams;
+mod sysctl;
+mod user;
+mod watch;
+
+/// First argument of the re-executed launcher.
+const LAUNCHER: &str = "launcher";
+
+/// C's entry point. Arguments come through `std::env`, which glibc fills in before.
+#[cfg(not(test))]
+// SAFETY: the only `main` of the program, with C's signature.
+#[unsafe(no_mangle)]
+extern "C" fn main() -> libc::c_int {
+    run()
+}
+
+/// Dispatches on the first argument; the result is the exit status.
+#[cfg_attr(test, allow(dead_code))]
+fn run() -> libc::c_int {
+    let arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
+    if arguments.first().is_some_and(|first| first == LAUNCHER) {
+        return launcher::process::run();
+    }
+    init::run(&arguments)
+}

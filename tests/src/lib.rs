@@ -1,1 +1,130 @@
-//! Harness of the end-to-end tests.
+//! The rig of the end-to-end tests: a podvisord of one's own, real clients, real and lying registries.
+//!
+//! | module            | what it holds                                                              |
+//! |-------------------|----------------------------------------------------------------------------|
+//! | [`daemon`]        | [`daemon::Daemon`]: one podvisord with its own directories and network     |
+//! | [`host`]          | what an instance has on the host, seen without asking podvisor             |
+//! | [`crictl`]        | the real crictl, and the pod and container configurations it is given      |
+//! | [`cri`]           | a gRPC client, for what crictl cannot say                                  |
+//! | [`oci`]           | images made for a test: layers, manifests, indexes                         |
+//! | [`registry`]      | Debian's docker-registry                                                   |
+//! | [`fake_registry`] | a registry that asks for tokens, hangs, fails or lies                      |
+//! | [`logs`]          | CRI log files                                                              |
+//! | [`guest`]         | guest images that do not work                                              |
+//! | [`http`]          | as much of HTTP/1.1 as the registries need                                 |
+//!
+//! Every test has a daemon of its own: what a test breaks breaks no other, and what it leaves behind
+//! is found when its daemon is dropped, by the test that left it.
+//!
+//! The tests run what `make build` left in target/release and target/guest, or what the directories
+//! `PODVISOR_BIN_DIR` and `PODVISOR_GUEST_DIR` hold, as root.
+
+#![allow(clippy::format_push_string)] // Tests: what reads best.
+
+pub mod cri;
+pub mod crictl;
+pub mod daemon;
+pub mod fake_registry;
+pub mod guest;
+pub mod host;
+pub mod http;
+pub mod logs;
+pub mod oci;
+pub mod registry;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long anything may take that a test waits for. Long: machines without KVM, under load.
+pub const PATIENCE: Duration = Duration::from_mins(1);
+
+/// The repository.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ is in the repository")
+        .into()
+}
+
+/// A directory of binaries: `variable`, or `path` below target/.
+pub(crate) fn built(variable: &str, path: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(|| repository().join("target").join(path), Into::into)
+}
+
+/// A command of tests/rig.
+pub fn rig(script: &str) -> Command {
+    Command::new(repository().join("tests/rig").join(script))
+}
+
+/// Standard output of a command that must succeed.
+pub fn output_of(command: &mut Command) -> String {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).expect("UTF-8 from our own scripts")
+}
+
+/// Runs a program that must end, whatever its result; a hanging one is a failure of the test.
+pub fn finished(command: &mut Command) -> Output {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let read = |mut pipe: Box<dyn Read + Send>| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            pipe.read_to_end(&mut bytes).expect("a pipe");
+            bytes
+        })
+    };
+    let stdout = read(Box::new(child.stdout.take().expect("piped")));
+    let stderr = read(Box::new(child.stderr.take().expect("piped")));
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("our own child") {
+            break status;
+        }
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            panic!("{command:?} does not end");
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    Output {
+        status,
+        stdout: stdout.join().expect("no panic"),
+        stderr: stderr.join().expect("no panic"),
+    }
+}
+
+/// Asks `probe` until it has an answer. For state that has no event a client could wait for.
+pub fn eventually<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
+    eventually_within(PATIENCE, what, probe)
+}
+
+/// [`eventually`], with its own limit.
+pub fn eventually_within<T>(
+    limit: Duration,
+    what: &str,
+    mut probe: impl FnMut() -> Option<T>,
+) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(answer) = probe() {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,1 +1,51 @@
 //! podvisord as a library.
+//!
+//! A request's way: [`services`] turn CRI messages into calls of [`daemon::Daemon`], whose methods are
+//! spread over
+//!
+//! | module        | what it decides                                                          |
+//! |---------------|--------------------------------------------------------------------------|
+//! | [`sandbox`]   | RunPodSandbox, Stop, Remove: the VM and all that the host keeps for it   |
+//! | [`container`] | CreateContainer to Remove, ExecSync, logs                                |
+//! | [`reconcile`] | what was there before this process; orphans                              |
+//!
+//! and who use
+//!
+//! | module           | what it holds                                                         |
+//! |------------------|-----------------------------------------------------------------------|
+//! | [`pod`]          | pods and containers in memory: lists are answered from here           |
+//! | [`store`]        | what was asked, on disk                                               |
+//! | [`monitor`]      | the keeper of one pod: start it, find it, call it, see it die         |
+//! | [`spec`]         | the OCI spec of a container                                           |
+//! | [`vm_size`]      | vCPUs and memory of a pod's VM                                        |
+//! | [`guest_config`] | what the guest is told of its pod                                     |
+//! | [`ids`]          | ids, prefixes, names that only one object may hold                    |
+//! | [`cgroup`]       | the pod's cgroup on the host                                          |
+//! | [`inventory`]    | what a sandbox has on the host, found by name                         |
+//! | [`mountinfo`]    | the host's mount table                                               |
+//! | [`pidfd`]        | processes, held without the danger of reused pids                     |
+//! | [`config`]       | the configuration file                                                |
+//! | [`error`]        | what can go wrong, and its gRPC code                                  |
+//! | [`accel`]        | whether QEMU can use KVM                                              |
+//! | [`server`]       | from a configuration to a served socket                               |
+
+pub mod accel;
+pub mod cgroup;
+pub mod config;
+pub mod container;
+pub mod daemon;
+pub mod error;
+pub mod guest_config;
+pub mod ids;
+pub mod inventory;
+pub mod monitor;
+pub mod mountinfo;
+pub mod pidfd;
+pub mod pod;
+pub mod reconcile;
+pub mod sandbox;
+pub mod server;
+pub mod services;
+pub mod spec;
+pub mod store;
+pub mod vm_size;

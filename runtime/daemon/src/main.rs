@@ -1,2 +1,58 @@
-//! Entry point.
-fn main() {}
+//! podvisord: one CRI v1 endpoint, a virtual machine per pod.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use podvisor_daemon::{config::Config, server};
+use tracing_subscriber::EnvFilter;
+
+/// Kubernetes container runtime that gives every pod its own virtual machine.
+#[derive(Debug, Parser)]
+#[command(name = "podvisord", version)]
+struct Flags {
+    /// Configuration file [default: /etc/podvisor/config.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Sockets and runtime state; wins over the file
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Images, database, writable disks; wins over the file
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Log as JSON, one object a line
+    #[arg(long)]
+    log_json: bool,
+    /// Print the default configuration, every key explained, and end
+    #[arg(long)]
+    print_default_config: bool,
+}
+
+fn main() -> anyhow::Result<()> {
+    let flags = Flags::parse();
+    if flags.print_default_config {
+        print!("{}", podvisor_daemon::config::SHIPPED);
+        return Ok(());
+    }
+    let mut config = Config::load(flags.config.as_deref())?;
+    if let Some(dir) = flags.run_dir {
+        config.run_dir = std::path::absolute(dir)?;
+    }
+    if let Some(dir) = flags.data_dir {
+        config.data_dir = std::path::absolute(dir)?;
+    }
+    let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(&config.log))?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if flags.log_json {
+        log.json().init();
+    } else {
+        log.init();
+    }
+    // oci-client's TLS: two providers in one program would panic at the first connection.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(server::run(config))
+}

@@ -1,2 +1,246 @@
-//! Entry point.
-fn main() {}
+//! podvisor-monitor: keeper of one pod. It owns the VM, knows what its containers do, and writes
+//! their logs; podvisord may die and come back meanwhile.
+//!
+//! - [`launch`]: what podvisord hands over at the start
+//! - [`vm`]: the VM's life
+//! - [`agent`]: the agent in the guest: RPCs with deadlines, the link that keeps its connection
+//! - [`pod`]: the sandbox and its containers, and everything callers ask for
+//! - [`state`]: what is known, for watchers and in a file
+//! - [`log`]: CRI log files
+//! - [`console`]: the guest's console
+//! - [`fd_table`]: file descriptors that come later
+//! - [`service`]: the gRPC service
+//! - [`text`]: the guest's words, made harmless
+//!
+//! One thread runs all of that. Others: a pump for each container with output, the devices of the
+//! VM (crate `podvisor-vmm`), and short-lived ones that write the state file. The guest is hostile:
+//! what it sends is bounded, and nothing waits for it without a deadline.
+
+mod agent;
+mod console;
+mod fd_table;
+mod launch;
+mod log;
+mod pod;
+mod service;
+mod state;
+mod text;
+mod vm;
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use podvisor_proto::monitor::monitor_server::MonitorServer;
+use podvisor_proto::monitor::{SandboxState, Snapshot};
+use podvisor_vmm::qemu::TscMeter;
+use podvisor_vmm::{Access, NetConfig, SegmentMap, VmConfig, VsockDevice, VsockListener};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+use tracing::{error, info, warn};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::prelude::*;
+
+use console::Console;
+use fd_table::FdTable;
+use launch::Inherited;
+use pod::{Parts, Pod};
+use state::{State, now_ns};
+
+/// Address of the guest in vsock; one VM has one vsock device, so all guests have the same.
+const GUEST_CID: u64 = 3;
+
+/// For containers that run when SIGTERM comes.
+const SIGTERM_GRACE: Duration = Duration::from_secs(10);
+
+/// How long connections may stay open after the last answer.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
+
+fn main() -> anyhow::Result<()> {
+    let begin_ns = now_ns();
+    // Whether KVM works here, asked by podvisord in a process of its own: exit code and one sentence.
+    if std::env::args().nth(1).as_deref() == Some("probe-kvm") {
+        if let Err(error) = podvisor_vmm::kvm::probe::run() {
+            eprintln!("{error}");
+            std::process::exit(1);
+        }
+        return Ok(());
+    }
+    let tsc = TscMeter::start();
+    // SAFETY: first thing in the process, no other thread allocates yet. Few arenas and early return
+    // of memory: dozens of monitors share a node.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 64 * 1024);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 * 1024);
+    }
+    let inherited = launch::receive(io::stdin().lock())?;
+    start_log(&inherited.log_filter);
+    // Fails only for who leads a session already.
+    let _ = nix::unistd::setsid();
+    ignore_signals();
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(4)
+        .thread_keep_alive(Duration::from_secs(1))
+        .thread_stack_size(256 * 1024)
+        .build()
+        .context("starting the runtime")?;
+    let result = runtime.block_on(run(inherited, begin_ns, tsc));
+    // Threads that hang in a disk's write do not keep the process.
+    runtime.shutdown_background();
+    result
+}
+
+fn start_log(filter: &str) {
+    let filter: Targets = filter.parse().unwrap_or_else(|_| {
+        let default = tracing::Level::INFO;
+        Targets::new().with_default(default)
+    });
+    let format = tracing_subscriber::fmt::layer()
+        .with_writer(io::stderr)
+        .with_ansi(false);
+    tracing_subscriber::registry()
+        .with(format)
+        .with(filter)
+        .init();
+}
+
+/// A monitor ends by Shutdown or SIGTERM, not with a terminal. Rust has set SIGPIPE to be ignored.
+fn ignore_signals() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    for ignored in [Signal::SIGHUP, Signal::SIGINT] {
+        // SAFETY: no handler is installed, and nobody relies on the default action.
+        if let Err(error) = unsafe { signal(ignored, SigHandler::SigIgn) } {
+            warn!(%error, %ignored, "cannot be ignored");
+        }
+    }
+}
+
+async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Result<()> {
+    let span = tracing::info_span!("pod", sandbox = inherited.sandbox_id);
+    let _entered = span.enter();
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let qemu = vm::qemu_config(&inherited.vm.qemu, &inherited.vm.accel)?;
+
+    let (console, console_writer) = Console::new().context("the console's pipe")?;
+    let (vsock_device, vsock) = VsockDevice::new(GUEST_CID).context("vsock")?;
+    vsock.serve(inherited.vsock).context("the vsock socket")?;
+    let agent_connections = vsock.listen(agent::CONTROL_PORT);
+
+    let disk = SegmentMap::new();
+    let scratch = disk
+        .insert(
+            inherited.scratch.into(),
+            0,
+            inherited.scratch_bytes,
+            Access::Ephemeral,
+        )
+        .context("the scratch file")?;
+
+    let fds = FdTable::default();
+    let initial = Snapshot {
+        sandbox_id: inherited.sandbox_id.clone(),
+        state: SandboxState::Booting.into(),
+        monitor_pid: std::process::id(),
+        ..Snapshot::default()
+    };
+    let pod = Pod::new(Parts {
+        state: State::new(initial, inherited.dir),
+        console,
+        fds: fds.clone(),
+        disk: disk.clone(),
+        scratch: podvisor_proto::agent::Segment {
+            start: scratch.start,
+            length: scratch.length,
+        },
+        dial: Box::new(move |port| {
+            let vsock = vsock.clone();
+            Box::pin(async move { vsock.connect(port).await })
+        }),
+        requested_ns: inherited.requested_ns,
+    });
+
+    let config = VmConfig {
+        id: inherited.sandbox_id,
+        vcpus: inherited.vm.vcpus,
+        memory_bytes: inherited.vm.memory_bytes,
+        kernel: inherited.kernel,
+        initramfs: inherited.initramfs,
+        cmdline: vm::kernel_cmdline(qemu.accel, tsc, &inherited.vm.cmdline),
+        net: inherited.tap.map(|tap| NetConfig {
+            tap,
+            mac: inherited.vm.mac,
+        }),
+        disk,
+        vsock: vsock_device,
+        console: console_writer,
+    };
+    pod.add_phase("monitor start", begin_ns, now_ns());
+    tokio::spawn(vm::run(
+        Arc::clone(&pod),
+        config,
+        qemu,
+        inherited.boot_timeout,
+    ));
+    tokio::spawn(keep_agent(Arc::clone(&pod), agent_connections));
+    tokio::spawn(serve_fds(fds, inherited.fd_socket));
+    tokio::spawn({
+        let pod = Arc::clone(&pod);
+        async move {
+            while terminate.recv().await.is_some() {
+                info!("SIGTERM");
+                pod.shutdown(SIGTERM_GRACE).await;
+            }
+        }
+    });
+    serve(&pod, inherited.grpc).await
+}
+
+async fn keep_agent(pod: Arc<Pod>, connections: VsockListener) {
+    let connections = futures_util::stream::unfold(connections, |mut listener| async {
+        let stream = listener.accept().await?;
+        Some((stream, listener))
+    });
+    agent::keep_link(std::pin::pin!(connections), &pod).await;
+}
+
+async fn serve_fds(fds: FdTable, listener: std::os::fd::OwnedFd) {
+    if let Err(error) = fds.serve(listener).await {
+        // Containers cannot be created any more; those that run are not harmed.
+        error!(%error, "fd.sock broke");
+    }
+}
+
+/// Serves gRPC until the pod is finished.
+async fn serve(pod: &Arc<Pod>, listener: UnixListener) -> anyhow::Result<()> {
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::MAXCONN)
+        .context("the gRPC socket")?;
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(listener).context("the gRPC socket")?;
+    let finished = pod.finished();
+    let server = Server::builder()
+        .add_service(MonitorServer::new(service::Service::new(Arc::clone(pod))))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), finished.cancelled());
+    let server = std::pin::pin!(server);
+    let close_deadline = async {
+        finished.cancelled().await;
+        tokio::time::sleep(CLOSE_DEADLINE).await;
+    };
+    tokio::select! {
+        served = server => {
+            if served.is_err() {
+                // Nobody can reach the pod any more, but its containers run: SIGTERM ends it.
+                error!(?served, "the gRPC socket broke");
+                finished.cancelled().await;
+            }
+        }
+        () = close_deadline => warn!("a caller does not take its last answer"),
+    }
+    info!("end");
+    Ok(())
+}

@@ -1,0 +1,33 @@
+# The targets of podvisor. The work is in scripts/, guest-image/ and tests/.
+
+help:                ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t16
+
+build: image         ## everything: target/release/podvisor* and target/guest/
+	cargo build --locked --release -p podvisor-daemon -p podvisor-cli
+	install -m 755 target/x86_64-unknown-linux-gnu/pod/podvisor-monitor target/release/
+
+image:               ## what a pod's VM boots: target/guest/{vmlinux,bzImage,initramfs.cpio}
+	guest-image/build
+
+run:                 ## try it: install, build, a daemon, a registry, a first pod
+	scripts/run
+
+test: build          ## unit, property and end-to-end tests (as root)
+	cargo test --locked --workspace
+
+lint:                ## formatting, clippy, dependencies, shell scripts
+	scripts/lint
+
+bench: build         ## costs of a pod by phase, as JSON and a table
+	scripts/bench
+
+install: build       ## binaries, guest image and, if there is none, a configuration, below DESTDIR
+	install -D -t $(DESTDIR)/usr/bin target/release/podvisord target/release/podvisor-monitor target/release/podvisor
+	install -D -m 644 -t $(DESTDIR)/usr/lib/podvisor target/guest/vmlinux target/guest/initramfs.cpio
+	[ -e $(DESTDIR)/etc/podvisor/config.toml ] || install -D -m 644 -t $(DESTDIR)/etc/podvisor runtime/daemon/config.toml
+
+deps:                ## Debian packages needed to build, run and test (as root)
+	scripts/install-deps
+
+.PHONY: help build image run test lint bench install deps

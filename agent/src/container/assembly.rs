@@ -1,0 +1,226 @@
+//! Create and remove: layers, root, bundle.
+
+use std::fs;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use oci_spec::runtime::LinuxNamespaceType;
+use podvisor_proto::agent::{CreateContainerRequest, ResolvedUser, Segment};
+
+use super::{
+    Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, State, bundle, check_id,
+    fingerprint, kernel, lock,
+};
+use crate::disk::Range;
+use crate::in_root::Root;
+use crate::launcher::LIBCONTAINER_STATE;
+use crate::rootfs::Rootfs;
+use crate::sandbox::files;
+use crate::spec::ContainerSpec;
+use crate::user;
+
+/// From `cgroup.kill` to the end of a container's last process.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+impl Pod {
+    /// Assembles the root, resolves the user, writes the bundle. The same request again gets the same
+    /// answer.
+    pub async fn create(
+        &self,
+        request: CreateContainerRequest,
+    ) -> Result<ResolvedUser, ContainerError> {
+        check_id(&request.id)?;
+        let fingerprint = fingerprint(&request);
+        let mut assembly = Arc::clone(&self.0.assembly).lock_owned().await;
+        if let Some(container) = self.table().get(&request.id) {
+            return if container.fingerprint == fingerprint {
+                Ok(container.user.clone())
+            } else {
+                Err(ContainerError::Exists(container.what()))
+            };
+        }
+        if self.table().len() >= CONTAINER_LIMIT {
+            return Err(ContainerError::TooMany("containers"));
+        }
+        let assembled = tokio::task::spawn_blocking(move || {
+            let container = assemble(&mut assembly, request, fingerprint);
+            (container, assembly)
+        });
+        // The assembly stays locked until the container is in the table.
+        let (container, _assembly) = assembled.await?;
+        let container = container?;
+        let user = container.user.clone();
+        self.table()
+            .insert(container.id.clone(), Arc::new(container));
+        Ok(user)
+    }
+
+    /// Kills what is left of the container and takes everything away that was made for it. Returns the
+    /// segments that no container uses any more. A container that is not there is removed.
+    pub async fn remove(&self, id: &str) -> Result<Vec<Segment>, ContainerError> {
+        let Ok(container) = self.find(id) else {
+            return Ok(Vec::new());
+        };
+        let _turn = container.turn.lock().await;
+        let started = match std::mem::replace(&mut *container.state(), State::Removing) {
+            State::Started(started) => Some(started),
+            State::Created | State::Removing => None,
+        };
+        if let Some(started) = started {
+            let cgroup = started.cgroup.clone();
+            let destroyed =
+                tokio::task::spawn_blocking(move || cgroup.destroy(KILL_DEADLINE)).await?;
+            if let Err(error) = destroyed {
+                *container.state() = State::Started(started);
+                return Err(kernel("ending the container's processes")(error));
+            }
+            started.relays.end();
+        }
+        container.end_execs();
+
+        let mut assembly = Arc::clone(&self.0.assembly).lock_owned().await;
+        let (disassembled, _assembly) = tokio::task::spawn_blocking({
+            let container = Arc::clone(&container);
+            move || (disassemble(&mut assembly, &container), assembly)
+        })
+        .await?;
+        let released = disassembled.map_err(kernel("removing the container's files"))?;
+        self.table().remove(id);
+        Ok(released)
+    }
+}
+
+impl Container {
+    /// Forgets all execs; their processes have ended with the container's control group.
+    fn end_execs(&self) {
+        let execs = std::mem::take(&mut *lock(&self.execs));
+        let ended = execs.ended.into_iter().map(|(_, exec)| exec);
+        for exec in execs.running.into_values().chain(ended) {
+            exec.relays.end();
+        }
+    }
+}
+
+/// Makes the container; when this fails, nothing stays of it. Blocks.
+fn assemble(
+    assembly: &mut Assembly,
+    request: CreateContainerRequest,
+    fingerprint: u64,
+) -> Result<Container, ContainerError> {
+    let spec = ContainerSpec::parse(&request.spec)?;
+    let hostname = assembly.sandbox.hostname()?.to_owned();
+    let layers = request
+        .layers
+        .iter()
+        .map(|segment| Range::try_from(*segment))
+        .collect::<Result<Vec<_>, _>>()?;
+    let layers = without_covered(layers);
+    let rootfs = Rootfs::new(
+        bundle(&request.id).join("rootfs"),
+        files::scratch().join(&request.id),
+    );
+    let directories = assembly.disk.acquire(&request.id, &layers)?;
+    rootfs
+        .mount(&directories)
+        .map_err(ContainerError::from)
+        .and_then(|()| write_bundle(spec, &request, &hostname, fingerprint, &rootfs))
+        .inspect_err(|_| {
+            let _ = clean_up(&request.id);
+            assembly.disk.release(&request.id);
+        })
+}
+
+/// Layers without those that appear again further up: overlayfs refuses a directory that is there twice,
+/// and the upper one says all that the lower one did.
+fn without_covered(layers: Vec<Range>) -> Vec<Range> {
+    let mut kept: Vec<Range> = Vec::with_capacity(layers.len());
+    for layer in layers.into_iter().rev() {
+        if !kept.contains(&layer) {
+            kept.push(layer);
+        }
+    }
+    kept.reverse();
+    kept
+}
+
+fn write_bundle(
+    spec: ContainerSpec,
+    request: &CreateContainerRequest,
+    hostname: &str,
+    fingerprint: u64,
+    rootfs: &Rootfs,
+) -> Result<Container, ContainerError> {
+    let root = Root::open(rootfs.path()).map_err(kernel("opening the root file system"))?;
+    let account = user::resolve(&root, request.user.as_ref().unwrap_or(&Default::default()))?;
+    // As other runtimes do: a working directory that the image lacks is made.
+    root.create_directories(spec.cwd())
+        .map_err(kernel("making the working directory"))?;
+    let pod_pids = spec.shares(LinuxNamespaceType::Pid);
+    let complete = spec.complete(&request.id, rootfs.path(), &account, hostname)?;
+
+    let bundle = bundle(&request.id);
+    let write = |name: &str, content: serde_json::Result<Vec<u8>>| {
+        let path = bundle.join(name);
+        content
+            .map_err(io::Error::from)
+            .and_then(|content| fs::write(&path, content))
+            .map(|()| path)
+            .map_err(kernel("writing the bundle"))
+    };
+    write("config.json", serde_json::to_vec(&complete.spec))?;
+    let seccomp = complete
+        .seccomp
+        .map(|seccomp| write("seccomp.json", serde_json::to_vec(&seccomp)))
+        .transpose()?;
+    Ok(Container {
+        id: request.id.clone(),
+        fingerprint,
+        user: account.ids,
+        bundle,
+        pod_pids,
+        process: complete.process,
+        seccomp,
+        turn: tokio::sync::Mutex::default(),
+        state: State::Created.into(),
+        execs: Execs::default().into(),
+    })
+}
+
+/// Blocks.
+fn disassemble(assembly: &mut Assembly, container: &Container) -> io::Result<Vec<Segment>> {
+    clean_up(&container.id)?;
+    Ok(assembly.disk.release(&container.id))
+}
+
+/// Takes away what the container has in the file system. What is not there is not an error.
+fn clean_up(id: &str) -> io::Result<()> {
+    let bundle = bundle(id);
+    Rootfs::new(bundle.join("rootfs"), files::scratch().join(id)).remove()?;
+    for directory in [bundle, std::path::Path::new(LIBCONTAINER_STATE).join(id)] {
+        match fs::remove_dir_all(directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repeated_layer_counts_where_it_is_highest() {
+        let range = |start: u64| {
+            Range::try_from(Segment {
+                start: start * 4096,
+                length: 4096,
+            })
+            .unwrap()
+        };
+        let layers: Vec<Range> = [1, 2, 1, 3, 2].into_iter().map(range).collect();
+        let expected: Vec<Range> = [1, 3, 2].into_iter().map(range).collect();
+        assert_eq!(without_covered(layers), expected);
+    }
+}

@@ -1,0 +1,228 @@
+//! What all containers of the pod share: host name, resolver, hosts file, clock, the ipc, uts and
+//! (when asked for) pid namespaces, /dev/shm, and the scratch area.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use podvisor_proto::agent::ConfigureSandboxRequest;
+
+use crate::disk::{Disk, DiskError, Range};
+use crate::sysctl::{self, SysctlError};
+
+/// Where everything of the pod is.
+pub const DIRECTORY: &str = "/run/podvisor";
+const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
+/// A difference between guest and host clock that nobody sees: 1 ms.
+const CLOCK_TOLERANCE_NS: u64 = 1_000_000;
+/// Linux `HOST_NAME_MAX`.
+const HOSTNAME_LIMIT: usize = 64;
+
+/// Why the sandbox is not set up.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// Another configuration is in force.
+    #[error("the sandbox is configured already, and differently")]
+    Different,
+    /// Containers need it first.
+    #[error("the sandbox is not configured")]
+    NotConfigured,
+    /// A malformed request.
+    #[error("the scratch segment is missing")]
+    NoScratch,
+    /// A malformed request.
+    #[error("the host name is longer than {HOSTNAME_LIMIT} bytes or contains NUL")]
+    Hostname,
+    /// The scratch area.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A kernel parameter.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
+    /// The kernel refused something else.
+    #[error("{action}: {source}")]
+    Kernel {
+        /// What was tried.
+        action: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+}
+
+/// Wraps a failure with what was tried.
+fn kernel<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> SandboxError {
+    move |error| SandboxError::Kernel {
+        action,
+        source: error.into(),
+    }
+}
+
+/// Files of a configured sandbox, by what containers know them as.
+pub mod files {
+    use std::path::{Path, PathBuf};
+
+    fn file(name: &str) -> PathBuf {
+        Path::new(super::DIRECTORY).join(name)
+    }
+
+    /// Bound to /etc/hostname.
+    pub fn hostname() -> PathBuf {
+        file("hostname")
+    }
+
+    /// Bound to /etc/hosts.
+    pub fn hosts() -> PathBuf {
+        file("hosts")
+    }
+
+    /// Bound to /etc/resolv.conf.
+    pub fn resolv_conf() -> PathBuf {
+        file("resolv.conf")
+    }
+
+    /// Bound to /dev/shm.
+    pub fn shm() -> PathBuf {
+        file("shm")
+    }
+
+    /// Holds each container's writable layer.
+    pub fn scratch() -> PathBuf {
+        file("scratch")
+    }
+
+    /// A namespace, by its name in /proc/PID/ns.
+    pub fn namespace(name: &str) -> PathBuf {
+        file("ns").join(name)
+    }
+}
+
+/// The pod's configuration, once it is known.
+#[derive(Default)]
+pub struct Sandbox {
+    configured: Option<ConfigureSandboxRequest>,
+}
+
+impl Sandbox {
+    /// Applies `request`. The same request again only sets the clock. Blocks for the time of a mount.
+    pub fn configure(
+        &mut self,
+        mut request: ConfigureSandboxRequest,
+        disk: &mut Disk,
+    ) -> Result<(), SandboxError> {
+        set_clock(request.time_ns)?;
+        request.time_ns = 0;
+        match &self.configured {
+            Some(configured) if *configured == request => return Ok(()),
+            Some(_) => return Err(SandboxError::Different),
+            None => {}
+        }
+        let scratch: Range = request.scratch.ok_or(SandboxError::NoScratch)?.try_into()?;
+        if request.hostname.len() > HOSTNAME_LIMIT || request.hostname.contains('\0') {
+            return Err(SandboxError::Hostname);
+        }
+        for name in request.sysctls.keys() {
+            sysctl::check(name)?;
+        }
+
+        let hostname = format!("{}\n", request.hostname);
+        for (path, content) in [
+            (files::hostname(), &hostname),
+            (files::hosts(), &request.hosts),
+            (files::resolv_conf(), &request.resolv_conf),
+        ] {
+            fs::write(path, content).map_err(kernel("writing the pod's files"))?;
+        }
+        mount_shm(request.shm_bytes)?;
+        share_namespaces(&request)?;
+        // Last: what came before can be done twice, should this fail and be asked for again.
+        disk.mount_scratch(scratch, &files::scratch())?;
+        self.configured = Some(request);
+        Ok(())
+    }
+
+    /// The pod's host name.
+    pub fn hostname(&self) -> Result<&str, SandboxError> {
+        self.configured
+            .as_ref()
+            .map(|configured| configured.hostname.as_str())
+            .ok_or(SandboxError::NotConfigured)
+    }
+}
+
+fn set_clock(time_ns: u64) -> Result<(), SandboxError> {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_nanos() as u64);
+    if time_ns == 0 || now.abs_diff(time_ns) < CLOCK_TOLERANCE_NS {
+        return Ok(());
+    }
+    let time = TimeSpec::new(
+        (time_ns / 1_000_000_000) as libc::time_t,
+        (time_ns % 1_000_000_000) as libc::c_long,
+    );
+    clock_settime(ClockId::CLOCK_REALTIME, time).map_err(kernel("setting the clock"))
+}
+
+fn mount_shm(bytes: u64) -> Result<(), SandboxError> {
+    let bytes = if bytes == 0 { SHM_DEFAULT } else { bytes };
+    let target = files::shm();
+    let again = target.exists();
+    fs::create_dir_all(&target).map_err(kernel("making the pod's /dev/shm"))?;
+    let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    if again {
+        flags |= MsFlags::MS_REMOUNT;
+    }
+    let options = format!("mode=1777,size={bytes}");
+    mount(
+        Some("shm"),
+        &target,
+        Some("tmpfs"),
+        flags,
+        Some(options.as_str()),
+    )
+    .map_err(kernel("mounting the pod's /dev/shm"))
+}
+
+/// Makes the ipc and uts namespaces that the pod's containers share, with host name and sysctls, in a
+/// thread that ends when they are kept by mounts.
+fn share_namespaces(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
+    let work = || {
+        unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
+            .map_err(kernel("making the pod's ipc and uts namespaces"))?;
+        nix::unistd::sethostname(&request.hostname).map_err(kernel("setting the host name"))?;
+        // From here, those of the ipc namespace are the pod's; all others are the guest's anyway.
+        for (name, value) in &request.sysctls {
+            sysctl::set(name, value)?;
+        }
+        for name in ["ipc", "uts"] {
+            keep_namespace(Path::new("/proc/thread-self/ns"), name)
+                .map_err(kernel("keeping the pod's namespaces"))?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| scope.spawn(work).join())
+        // A panic has ended the guest by then.
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Keeps the namespace `name` of the directory `of` (a /proc/PID/ns) alive by a mount.
+pub fn keep_namespace(of: &Path, name: &str) -> io::Result<PathBuf> {
+    let target = files::namespace(name);
+    if let Some(parent) = target.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    File::create(&target)?;
+    mount(
+        Some(&of.join(name)),
+        &target,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )?;
+    Ok(target)
+}

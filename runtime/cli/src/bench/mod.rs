@@ -1,0 +1,151 @@
+//! `podvisor bench`: what a user of the product waits for and pays.
+//!
+//! - [`pods`]: pods one after the other and in parallel, by RPC and by phase; memory while they run.
+//! - [`memory`]: proc(5) of a pod's processes.
+//! - [`pull`]: pull and unpack, against another CRI runtime.
+//! - [`stats`], [`report`]: samples to numbers, numbers to tables and JSON.
+//!
+//! Everything is measured from outside, through the CRI socket, as a kubelet would meet it.
+
+mod memory;
+mod pods;
+mod pull;
+mod report;
+mod stats;
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use podvisor_proto::cri;
+
+use crate::client::{self, Daemon};
+use crate::image::{self, Pull};
+use crate::signals::Interrupts;
+use crate::{Context, Output, pod};
+use pods::Bench;
+use report::{Machine, Report};
+use stats::Samples;
+
+/// Options of `podvisor bench`.
+#[derive(Debug, clap::Args)]
+pub struct BenchArgs {
+    /// Pods, one after the other and again in parallel
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least_one)]
+    pods: usize,
+    /// Pods that are started at a time in the second part
+    #[arg(long, value_name = "P", default_value_t = 4, value_parser = at_least_one)]
+    parallel: usize,
+    /// Image of the pods; must have a shell. Pulled if it is not there
+    #[arg(long, default_value = "busybox")]
+    image: String,
+    /// Also measure the pull of this image, cold
+    #[arg(long, value_name = "IMAGE")]
+    pull: Option<String>,
+    /// CRI socket of another runtime to pull with by turns
+    #[arg(long, value_name = "SOCKET", requires = "pull")]
+    pull_against: Option<PathBuf>,
+    /// Pulls with each runtime
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
+    pull_rounds: usize,
+    /// Write the results to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Print ratios to the results in this file
+    #[arg(long, value_name = "FILE", overrides_with = "compare")]
+    compare: Option<PathBuf>,
+}
+
+fn at_least_one(word: &str) -> Result<usize, String> {
+    match word.parse() {
+        Ok(count) if count > 0 => Ok(count),
+        _ => Err("not a number from 1".to_owned()),
+    }
+}
+
+/// Measures, and reports. Whatever way it ends, its pods are removed.
+pub async fn bench(context: &Context, args: BenchArgs) -> anyhow::Result<()> {
+    // Before the minutes that the rest takes.
+    let earlier = args.compare.as_deref().map(read_report).transpose()?;
+    let mut interrupts = Interrupts::new()?;
+    let mut daemon = Daemon::connect(&context.socket).await?;
+    let label = pod::uid()?;
+
+    let measured = tokio::select! {
+        measured = Box::pin(measure(context, &args, &daemon, &label)) => measured,
+        _ = interrupts.next() => Err(anyhow::anyhow!("interrupted")),
+    };
+    if measured.is_err() {
+        pod::remove_all(&daemon, &label).await?;
+    }
+    let samples = measured?;
+
+    let machine = Machine::here(version(&mut daemon).await?);
+    let report = Report::new(machine, args.pods, args.parallel, &samples);
+    let json = serde_json::to_string_pretty(&report)?;
+    if let Some(path) = &args.json {
+        std::fs::write(path, &json).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    match context.output {
+        Output::Json => println!("{json}"),
+        Output::Text => print!("{}", report.render()),
+    }
+    if let Some(earlier) = earlier {
+        print!("\n{}", report.compare(&earlier));
+    }
+    Ok(())
+}
+
+async fn measure(
+    context: &Context,
+    args: &BenchArgs,
+    daemon: &Daemon,
+    label: &str,
+) -> anyhow::Result<Samples> {
+    let mut samples = Samples::default();
+    let bench = Bench {
+        daemon: daemon.clone(),
+        socket: context.socket.clone(),
+        run_dir: context.config.run_dir.clone(),
+        label: label.to_owned(),
+        image: image::ensure(daemon, &args.image, Pull::Missing, false).await?,
+    };
+    eprintln!("warming up");
+    bench.serial(1, |_| ()).await?;
+    eprintln!("{} pods, one by one", args.pods);
+    samples.append(bench.serial(args.pods, progress).await?);
+    eprintln!("\n{} pods, {} at a time", args.pods, args.parallel);
+    samples.append(bench.parallel(args.pods, args.parallel).await?);
+
+    if let Some(image) = &args.pull {
+        let other = match &args.pull_against {
+            Some(socket) => Some(Daemon::connect(socket).await?),
+            None => None,
+        };
+        let mut runtimes = vec![(pull::PODVISOR, daemon)];
+        runtimes.extend(other.as_ref().map(|other| (pull::OTHER, other)));
+        eprintln!("{} pulls of {image} with each runtime", args.pull_rounds);
+        let pulls = pull::compare(&runtimes, image, args.pull_rounds, progress);
+        samples.append(pulls.await?);
+        eprintln!();
+    }
+    Ok(samples)
+}
+
+fn progress(done: usize) {
+    eprint!(" {done}");
+}
+
+async fn version(daemon: &mut Daemon) -> Result<String, client::ClientError> {
+    let request = client::within(client::CALL, cri::VersionRequest::default());
+    let response = daemon.runtime.version(request).await;
+    Ok(response
+        .map_err(client::failed("Version"))?
+        .into_inner()
+        .runtime_version)
+}
+
+fn read_report(path: &std::path::Path) -> anyhow::Result<Report> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is no report", path.display()))
+}

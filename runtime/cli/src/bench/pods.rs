@@ -1,0 +1,278 @@
+//! Pods one after the other, and many at a time.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use podvisor_proto::cri;
+
+use super::memory;
+use super::stats::{Samples, Unit};
+use crate::client::Daemon;
+use crate::pod::{self, Pod};
+use crate::timeline;
+
+/// Group of the pods that come one after the other.
+pub const SERIAL: &str = "one by one";
+/// The metric of the VM's boot.
+pub const BOOT: &str = "VMM's start to agent ready";
+/// Group of what processes take.
+pub const MEMORY: &str = "memory";
+
+/// ExecSync calls per pod.
+const EXECS: usize = 5;
+/// Seconds for each.
+const EXEC_TIMEOUT_S: i64 = 10;
+/// Seconds that the container may take to end; it does so at once.
+const STOP_GRACE_S: i64 = 10;
+/// A process that ends at SIGTERM, which PID 1 does only with a handler.
+const COMMAND: [&str; 3] = [
+    "sh",
+    "-c",
+    "trap 'exit 0' TERM; while :; do sleep 3600 & wait; done",
+];
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// Makes the pods that are measured.
+#[derive(Debug)]
+pub struct Bench {
+    /// podvisord.
+    pub daemon: Daemon,
+    /// Its socket, to ask the kernel who listens.
+    pub socket: PathBuf,
+    /// Its run directory.
+    pub run_dir: PathBuf,
+    /// Of all pods, so that they can be removed together.
+    pub label: String,
+    /// Id of an image with a shell.
+    pub image: String,
+}
+
+/// A pod with one running container.
+struct Running {
+    pod: Pod,
+    container: String,
+}
+
+impl Running {
+    /// What a command that must succeed writes.
+    async fn exec(&self, command: &[&str]) -> anyhow::Result<Vec<u8>> {
+        let response = self
+            .pod
+            .exec(&self.container, command, EXEC_TIMEOUT_S)
+            .await?;
+        let code = response.exit_code;
+        anyhow::ensure!(code == 0, "{command:?} ended with {code} in the container");
+        Ok(response.stdout)
+    }
+}
+
+impl Bench {
+    /// `count` pods, each from its start to its removal before the next begins.
+    pub async fn serial(
+        &self,
+        count: usize,
+        mut done: impl FnMut(usize),
+    ) -> anyhow::Result<Samples> {
+        let mut all = Samples::default();
+        for index in 0..count {
+            let (running, started) = self.start(SERIAL).await?;
+            all.append(started);
+            for _ in 0..EXECS {
+                let begin = Instant::now();
+                running.exec(&["true"]).await?;
+                time(&mut all, SERIAL, "ExecSync true", begin);
+            }
+            all.append(remove(SERIAL, running).await?);
+            done(index + 1);
+        }
+        Ok(all)
+    }
+
+    /// `count` pods, `at_once` at a time; their memory when all of them run; and their removal.
+    pub async fn parallel(&self, count: usize, at_once: usize) -> anyhow::Result<Samples> {
+        let group = &format!("{at_once} at a time");
+        let mut all = Samples::default();
+
+        let begin = Instant::now();
+        let started: Vec<(Running, Samples)> = stream::iter(0..count)
+            .map(|_| self.start(group))
+            .buffer_unordered(at_once)
+            .try_collect()
+            .await?;
+        let wall = milliseconds(begin) / count as f64;
+        let mut pods = Vec::with_capacity(count);
+        for (running, samples) in started {
+            pods.push(running);
+            all.append(samples);
+        }
+        all.add(format!("{group}/a pod every"), Unit::Milliseconds, wall);
+
+        for running in &pods {
+            all.append(memory_of_pod(running).await?);
+        }
+        all.append(memory_of_podvisord(&self.socket)?);
+
+        let begin = Instant::now();
+        let removed: Vec<Samples> = stream::iter(pods)
+            .map(|running| remove(group, running))
+            .buffer_unordered(at_once)
+            .try_collect()
+            .await?;
+        let wall = milliseconds(begin) / count as f64;
+        for samples in removed {
+            all.append(samples);
+        }
+        all.add(format!("{group}/a removal every"), Unit::Milliseconds, wall);
+        Ok(all)
+    }
+
+    /// A pod and its container, with the times of each call and of the phases within.
+    async fn start(&self, group: &str) -> anyhow::Result<(Running, Samples)> {
+        let mut samples = Samples::default();
+        let mut pod = Pod::new(
+            self.daemon.clone(),
+            self.run_dir.clone(),
+            self.label.clone(),
+        );
+        let sandbox = sandbox_config()?;
+
+        let begin = Instant::now();
+        pod.run(sandbox.clone(), "").await?;
+        time(&mut samples, group, "RunPodSandbox", begin);
+        let phases = timeline::from_info(&pod.info().await?);
+        if let Some(boot) = timeline::boot_ms(&phases) {
+            samples.add(format!("{group}/{BOOT}"), Unit::Milliseconds, boot);
+        }
+        for phase in phases {
+            samples.add(
+                format!("{group}/RunPodSandbox: {}", phase.name),
+                Unit::Milliseconds,
+                phase.duration_ms(),
+            );
+        }
+
+        let begin = Instant::now();
+        let create = pod.create(container_config(&self.image), sandbox);
+        let container = Box::pin(create).await?;
+        time(&mut samples, group, "CreateContainer", begin);
+        let begin_start = Instant::now();
+        if let Some(exit) = pod.start(&container).await? {
+            anyhow::bail!("the container does not start: {}", exit.message);
+        }
+        time(&mut samples, group, "StartContainer", begin_start);
+        time(&mut samples, group, "Create + Start", begin);
+        Ok((Running { pod, container }, samples))
+    }
+}
+
+async fn remove(group: &str, running: Running) -> anyhow::Result<Samples> {
+    let mut samples = Samples::default();
+    let Running { mut pod, container } = running;
+    let begin = Instant::now();
+    pod.stop(&container, STOP_GRACE_S).await?;
+    time(&mut samples, group, "StopContainer", begin);
+    let begin = Instant::now();
+    pod.stop_sandbox().await?;
+    time(&mut samples, group, "StopPodSandbox", begin);
+    let begin = Instant::now();
+    pod.remove_sandbox().await?;
+    time(&mut samples, group, "RemovePodSandbox", begin);
+    Ok(samples)
+}
+
+/// Memory of each host process of a pod, of all of podvisor's own together, and of the guest.
+async fn memory_of_pod(running: &Running) -> anyhow::Result<Samples> {
+    let snapshot = running.pod.snapshot().await?;
+    let processes = memory::of_pod(snapshot.monitor_pid)?;
+    let meminfo = running.exec(&["cat", "/proc/meminfo"]).await?;
+
+    let mut samples = Samples::default();
+    let mut add = |name: &str, bytes: u64| {
+        samples.add(
+            format!("{MEMORY}/{name}"),
+            Unit::Mebibytes,
+            bytes as f64 / MIB,
+        );
+    };
+    let (mut pss, mut private) = (0, 0);
+    for process in &processes {
+        add(&format!("{}: PSS", process.name), process.usage.pss);
+        add(&format!("{}: private", process.name), process.usage.private);
+        if process.pid != snapshot.vmm_pid {
+            pss += process.usage.pss;
+            private += process.usage.private;
+        }
+    }
+    add("podvisor's own: PSS", pss);
+    add("podvisor's own: private", private);
+    // Each process has its share of the pages that are there.
+    let guest_ram = processes.iter().map(|process| process.usage.guest_ram_pss);
+    add("guest RAM on the host", guest_ram.sum());
+    let size = processes
+        .iter()
+        .map(|process| process.usage.guest_ram_size)
+        .max();
+    let available = memory::available(&String::from_utf8_lossy(&meminfo));
+    if let (Some(size), Some(available)) = (size, available) {
+        // Of the VM's size: what the kernel took before it began to count is used, too.
+        add("guest: used at idle", size.saturating_sub(available));
+    }
+    Ok(samples)
+}
+
+/// The daemon's own memory, which does not grow with each pod as the monitors' does.
+fn memory_of_podvisord(socket: &Path) -> anyhow::Result<Samples> {
+    let connection = UnixStream::connect(socket)?;
+    let pid = getsockopt(&connection, PeerCredentials)?.pid();
+    let usage = memory::process(pid as u32)?.usage;
+    let mut samples = Samples::default();
+    for (name, bytes) in [("PSS", usage.pss), ("private", usage.private)] {
+        let name = format!("{MEMORY}/podvisord, the one: {name}");
+        samples.add(name, Unit::Mebibytes, bytes as f64 / MIB);
+    }
+    Ok(samples)
+}
+
+fn sandbox_config() -> std::io::Result<cri::PodSandboxConfig> {
+    let uid = pod::uid()?;
+    Ok(cri::PodSandboxConfig {
+        metadata: Some(cri::PodSandboxMetadata {
+            name: format!("bench-{uid}"),
+            uid,
+            namespace: "default".to_owned(),
+            attempt: 0,
+        }),
+        hostname: "bench".to_owned(),
+        ..Default::default()
+    })
+}
+
+fn container_config(image: &str) -> cri::ContainerConfig {
+    cri::ContainerConfig {
+        metadata: Some(cri::ContainerMetadata {
+            name: "bench".to_owned(),
+            attempt: 0,
+        }),
+        image: Some(cri::ImageSpec {
+            image: image.to_owned(),
+            ..Default::default()
+        }),
+        command: COMMAND.map(str::to_owned).into(),
+        ..Default::default()
+    }
+}
+
+fn time(samples: &mut Samples, group: &str, name: &str, begin: Instant) {
+    samples.add(
+        format!("{group}/{name}"),
+        Unit::Milliseconds,
+        milliseconds(begin),
+    );
+}
+
+fn milliseconds(begin: Instant) -> f64 {
+    begin.elapsed().as_secs_f64() * 1e3
+}

@@ -1,0 +1,367 @@
+//! CreateContainer to RemoveContainer, ExecSync, ReopenContainerLog.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use podvisor_proto::{cri, monitor};
+use tokio::sync::oneshot;
+use tracing::Instrument;
+
+use crate::daemon::{Daemon, now_ns, within};
+use crate::error::{Error, Result};
+use crate::ids;
+use crate::monitor::Monitor;
+use crate::pod::{Container, Pod};
+use crate::spec;
+use crate::store::ContainerRecord;
+
+/// For calls that the guest answers quickly when it answers at all. Longer than the monitor's own
+/// deadlines for the agent, so that its answer, which knows more, comes first.
+const CALL: Duration = Duration::from_mins(1);
+
+/// On top of what a caller allows for itself.
+const MARGIN: Duration = Duration::from_secs(30);
+
+/// "cap … to 16MB": what ExecSync keeps of each stream, less a little so that both fit in a message
+/// of 16 MiB only when they are small, as in containerd.
+const EXEC_OUTPUT: u64 = 16 << 20;
+
+impl Daemon {
+    /// Creates a container in a ready sandbox and runs nothing yet.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT, NOT_FOUND (sandbox, image), ALREADY_EXISTS, FAILED_PRECONDITION, UNIMPLEMENTED.
+    pub async fn create_container(
+        self: &Arc<Self>,
+        request: cri::CreateContainerRequest,
+    ) -> Result<String> {
+        let pod = self.pods.find(&request.pod_sandbox_id)?;
+        let monitor = pod.ready_monitor()?;
+        let config = request.config.ok_or(Error::Invalid {
+            field: "config",
+            problem: "missing".into(),
+        })?;
+        let metadata = config.metadata.clone().unwrap_or_default();
+        if metadata.name.is_empty() {
+            return Err(Error::Invalid {
+                field: "config.metadata.name",
+                problem: "must not be empty".into(),
+            });
+        }
+        let sandbox_config = pod.record().config.unwrap_or_default();
+        let image_name = config
+            .image
+            .as_ref()
+            .map_or("", |image| image.image.as_str());
+        let image = self.find_image(image_name)?;
+        let built = spec::build(&config, &sandbox_config, &image.config)?;
+        let id = ids::new_id()?;
+        let name = self.container_names.reserve(
+            "container",
+            ids::container_name(&pod.id, &metadata),
+            &id,
+        )?;
+        let record = ContainerRecord {
+            id: id.clone(),
+            sandbox_id: pod.id.clone(),
+            image_id: image.id.clone(),
+            created_ns: now_ns() as i64,
+            log_path: log_path(&sandbox_config, &config),
+            stop_signal: spec::stop_signal(&config, &image.config),
+            config: Some(config.clone()),
+        };
+
+        let mut layers = Vec::with_capacity(image.layers.len());
+        for layer in &image.layers {
+            let path = layer.path.clone();
+            let file = open_file(path, |path| File::open(path)).await?;
+            layers.push(monitor::Layer {
+                diff_id: layer.diff_id.clone(),
+                length: layer.length,
+                fd_token: monitor.send_fd(file).await?,
+            });
+        }
+        let request = monitor::CreateContainerRequest {
+            id: id.clone(),
+            layers,
+            spec: serde_json::to_vec(&built.spec)
+                .map_err(|error| Error::io("OCI spec")(std::io::Error::other(error)))?,
+            user: Some(built.user),
+            stdin: config.stdin,
+            stdin_once: config.stdin_once,
+            terminal: config.tty,
+            log_fd_token: send_log(&monitor, &record.log_path).await?,
+        };
+        // A task of its own, as with sandboxes: a caller that goes away leaves nothing half made.
+        let daemon = Arc::clone(self);
+        let (gone, caller) = oneshot::channel::<()>();
+        let task = tokio::spawn(
+            async move {
+                let mut client = monitor.client();
+                let result = async {
+                    let create = client.create_container(request);
+                    let answer = within(CALL, "CreateContainer", create).await?;
+                    pod.apply(answer.snapshot);
+                    daemon.store.put_container(record.clone()).await?;
+                    Ok(())
+                }
+                .await;
+                let abandoned = gone.is_closed();
+                if result.is_err() || abandoned {
+                    let request = monitor::RemoveContainerRequest {
+                        id: record.id.clone(),
+                    };
+                    if let Ok(answer) =
+                        within(CALL, "RemoveContainer", client.remove_container(request)).await
+                    {
+                        pod.apply(answer.snapshot);
+                    }
+                    daemon.store.remove_container(record.id).await?;
+                    return result.and(if abandoned {
+                        Err(Error::Cancelled)
+                    } else {
+                        Ok(())
+                    });
+                }
+                let container = Container::new(record, pod, name);
+                daemon.pods.insert_container(Arc::new(container));
+                result
+            }
+            .in_current_span(),
+        );
+        let result = task.await.map_err(|_| Error::Cancelled)?;
+        drop(caller);
+        result.map(|()| id)
+    }
+
+    /// The image a container names, by reference or id.
+    fn find_image(&self, name: &str) -> Result<Arc<podvisor_image::Image>> {
+        if name.is_empty() {
+            return Err(Error::Invalid {
+                field: "config.image.image",
+                problem: "must not be empty".into(),
+            });
+        }
+        self.images.resolve(name).ok_or_else(|| Error::NotFound {
+            kind: "image",
+            id: name.into(),
+        })
+    }
+
+    /// Runs a created container's process.
+    ///
+    /// # Errors
+    /// FAILED_PRECONDITION when it is not CREATED; when the process cannot be executed the container
+    /// is EXITED with code 128, reason StartError, and the error says why.
+    pub async fn start_container(&self, id: &str) -> Result<()> {
+        let container = self.pods.find_container(id)?;
+        let monitor = container.pod.ready_monitor()?;
+        let state = container.state().state();
+        if state != monitor::ContainerState::Created {
+            return Err(Error::Precondition(format!(
+                "container {} is {}, not CREATED",
+                container.record.id,
+                state.as_str_name()
+            )));
+        }
+        let request = monitor::StartContainerRequest {
+            id: container.record.id.clone(),
+        };
+        let mut client = monitor.client();
+        let answer = within(CALL, "StartContainer", client.start_container(request)).await?;
+        container.pod.apply(answer.snapshot);
+        let now = container.state();
+        if now.state() == monitor::ContainerState::Exited && now.reason == "StartError" {
+            return Err(Error::Precondition(format!(
+                "container {} cannot be started: {}",
+                container.record.id, now.message
+            )));
+        }
+        Ok(())
+    }
+
+    /// Stops a container: its signal, the grace period, SIGKILL. Fine when it is not running or gone.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub async fn stop_container(&self, id: &str, grace_s: i64) -> Result<()> {
+        let container = match self.pods.find_container(id) {
+            Ok(container) => container,
+            Err(Error::NotFound { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if container.state().state() != monitor::ContainerState::Running {
+            return Ok(());
+        }
+        self.stop_running(&container, Duration::from_secs(grace_s.max(0) as u64))
+            .await
+    }
+
+    async fn stop_running(&self, container: &Container, grace: Duration) -> Result<()> {
+        let Some(monitor) = container.pod.monitor() else {
+            return Ok(());
+        };
+        let request = monitor::StopContainerRequest {
+            id: container.record.id.clone(),
+            signal: container.record.stop_signal,
+            grace_ms: grace.as_millis() as u64,
+        };
+        let mut client = monitor.client();
+        let stop = client.stop_container(request);
+        let answer = within(grace + MARGIN, "StopContainer", stop).await?;
+        container.pod.apply(answer.snapshot);
+        Ok(())
+    }
+
+    /// Removes a container, killing it first if it runs. Fine when it is gone.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub async fn remove_container(&self, id: &str) -> Result<()> {
+        let container = match self.pods.find_container(id) {
+            Ok(container) => container,
+            Err(Error::NotFound { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let id = container.record.id.clone();
+        if let Some(monitor) = container.pod.monitor() {
+            if container.state().state() == monitor::ContainerState::Running {
+                self.stop_running(&container, Duration::ZERO).await?;
+            }
+            let request = monitor::RemoveContainerRequest { id: id.clone() };
+            let mut client = monitor.client();
+            let answer = within(CALL, "RemoveContainer", client.remove_container(request)).await?;
+            container.pod.apply(answer.snapshot);
+        }
+        self.store.remove_container(id.clone()).await?;
+        self.pods.remove_container(&id);
+        Ok(())
+    }
+
+    /// Runs a command in a running container and collects what it prints.
+    ///
+    /// # Errors
+    /// FAILED_PRECONDITION when the container does not run, DEADLINE_EXCEEDED when the command takes
+    /// longer than `timeout_s` (0: no limit).
+    pub async fn exec_sync(
+        &self,
+        request: cri::ExecSyncRequest,
+    ) -> Result<monitor::ExecSyncResponse> {
+        let container = self.pods.find_container(&request.container_id)?;
+        let monitor = running_monitor(&container)?;
+        if request.cmd.is_empty() {
+            return Err(Error::Invalid {
+                field: "cmd",
+                problem: "must not be empty".into(),
+            });
+        }
+        if request.timeout < 0 {
+            return Err(Error::Invalid {
+                field: "timeout",
+                problem: "must not be negative".into(),
+            });
+        }
+        let timeout = Duration::from_secs(request.timeout as u64);
+        let call = monitor::ExecSyncRequest {
+            container_id: container.record.id.clone(),
+            args: request.cmd,
+            timeout_ms: timeout.as_millis() as u64,
+            output_limit: EXEC_OUTPUT,
+        };
+        let mut client = monitor.client();
+        let exec = client.exec_sync(call);
+        if timeout.is_zero() {
+            return Ok(exec.await?.into_inner());
+        }
+        within(timeout + MARGIN, "ExecSync", exec).await
+    }
+
+    /// Goes on logging in a new file under the container's log path.
+    ///
+    /// # Errors
+    /// FAILED_PRECONDITION when the container does not run; then no file is made.
+    pub async fn reopen_container_log(&self, id: &str) -> Result<()> {
+        let container = self.pods.find_container(id)?;
+        let monitor = running_monitor(&container)?;
+        if container.record.log_path.is_empty() {
+            return Ok(());
+        }
+        let request = monitor::ReopenLogRequest {
+            id: container.record.id.clone(),
+            log_fd_token: send_log(&monitor, &container.record.log_path).await?,
+        };
+        let mut client = monitor.client();
+        within(CALL, "ReopenLog", client.reopen_log(request)).await?;
+        Ok(())
+    }
+}
+
+fn running_monitor(container: &Container) -> Result<Arc<Monitor>> {
+    let state = container.state().state();
+    if state != monitor::ContainerState::Running {
+        return Err(Error::Precondition(format!(
+            "container {} is {}, not RUNNING",
+            container.record.id,
+            state.as_str_name()
+        )));
+    }
+    Pod::ready_monitor(&container.pod)
+}
+
+/// Where a container's log is: absolute, or empty for none (CRI: either part empty means no log).
+fn log_path(sandbox: &cri::PodSandboxConfig, config: &cri::ContainerConfig) -> String {
+    if sandbox.log_directory.is_empty() || config.log_path.is_empty() {
+        return String::new();
+    }
+    Path::new(&sandbox.log_directory)
+        .join(&config.log_path)
+        .display()
+        .to_string()
+}
+
+/// Opens the log for append and hands it to the monitor. Empty for no log.
+async fn send_log(monitor: &Monitor, path: &str) -> Result<Vec<u8>> {
+    if path.is_empty() {
+        return Ok(Vec::new());
+    }
+    let file = open_file(path.into(), |path| {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
+        File::options()
+            .append(true)
+            .create(true)
+            .mode(0o640)
+            .open(path)
+    })
+    .await?;
+    monitor.send_fd(file).await
+}
+
+async fn open_file(
+    path: std::path::PathBuf,
+    open: impl FnOnce(&Path) -> std::io::Result<File> + Send + 'static,
+) -> Result<File> {
+    tokio::task::spawn_blocking(move || open(&path).map_err(Error::io(path.display().to_string())))
+        .await
+        .map_err(|_| Error::Cancelled)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_log_without_both_parts() {
+        let mut sandbox = cri::PodSandboxConfig::default();
+        let mut config = cri::ContainerConfig::default();
+        assert_eq!(log_path(&sandbox, &config), "");
+        sandbox.log_directory = "/var/log/pods/x".into();
+        assert_eq!(log_path(&sandbox, &config), "");
+        config.log_path = "c/0.log".into();
+        assert_eq!(log_path(&sandbox, &config), "/var/log/pods/x/c/0.log");
+    }
+}

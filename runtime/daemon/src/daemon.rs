@@ -1,0 +1,167 @@
+//! The daemon's parts, and what all RPCs share: places on the host, watching monitors, waiting.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use podvisor_image::ImageStore;
+use podvisor_network::Cni;
+use podvisor_proto::monitor::WatchRequest;
+use tokio_stream::StreamExt;
+use tracing::{debug, info, warn};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::ids::Names;
+use crate::inventory::Places;
+use crate::monitor::{Monitor, read_state_file};
+use crate::pod::{Pod, Pods};
+use crate::store::Store;
+
+/// Pause between two attempts to reach a monitor whose process lives.
+const RECONNECT: Duration = Duration::from_millis(500);
+
+/// podvisord.
+pub struct Daemon {
+    /// As read at start.
+    pub config: Config,
+    /// Accelerator for QEMU, decided at start: "kvm" or "tcg".
+    pub accel: &'static str,
+    /// Facts an operator should know, repeated by Status.
+    pub warnings: Vec<String>,
+    /// Records.
+    pub store: Store,
+    /// Images.
+    pub images: ImageStore,
+    /// CNI.
+    pub cni: Cni,
+    /// Pods and containers.
+    pub pods: Pods,
+    /// Sandbox names in use.
+    pub sandbox_names: Names,
+    /// Container names in use.
+    pub container_names: Names,
+}
+
+impl std::fmt::Debug for Daemon {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Daemon")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Daemon {
+    /// The sandbox's folder.
+    pub fn sandbox_dir(&self, id: &str) -> PathBuf {
+        self.config.run_dir.join("sandboxes").join(id)
+    }
+
+    /// The pod's network namespace, as a bind mount.
+    pub fn netns_path(&self, id: &str) -> PathBuf {
+        self.config.run_dir.join("netns").join(id)
+    }
+
+    /// The pod's writable disk.
+    pub fn scratch_path(&self, id: &str) -> PathBuf {
+        self.config
+            .data_dir
+            .join("scratch")
+            .join(format!("{id}.img"))
+    }
+
+    /// Where images are.
+    pub fn images_dir(&self) -> PathBuf {
+        self.config.data_dir.join("images")
+    }
+
+    /// Where the host's resources of this instance are found.
+    pub fn places(&self) -> Places {
+        Places {
+            run_dir: self.config.run_dir.clone(),
+            data_dir: self.config.data_dir.clone(),
+            cni_cache_dir: self.config.cni_cache_dir(),
+        }
+    }
+
+    /// Follows a pod's monitor until the pod is removed or the monitor dies.
+    pub fn watch(self: &Arc<Self>, pod: &Arc<Pod>) {
+        let Some(monitor) = pod.monitor() else { return };
+        let daemon = Arc::clone(self);
+        let pod = Arc::downgrade(pod);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = monitor.died() => {}
+                () = follow(&monitor, &pod) => return,
+            }
+            let Some(pod) = pod.upgrade() else { return };
+            // A monitor that was told to shut down ends too: that is no news.
+            if pod.monitor().is_some() {
+                daemon.monitor_died(&pod).await;
+            }
+        });
+    }
+
+    /// Rule 2 of the design: a monitor's death is one pod's death, reported at once.
+    pub async fn monitor_died(&self, pod: &Pod) {
+        let last = read_state_file(&self.sandbox_dir(&pod.id));
+        let record = pod.monitor_gone(last, "the pod's monitor died", now_ns());
+        warn!(sandbox = pod.id, "monitor died: the pod is dead");
+        if let Err(error) = self.store.put_sandbox(record).await {
+            warn!(sandbox = pod.id, %error, "cannot record the pod's death");
+        }
+    }
+}
+
+/// Copies states from the monitor to the pod. Ends when the pod is forgotten. A monitor that does
+/// not answer while its process lives is retried for ever and never killed: it may only be busy.
+async fn follow(monitor: &Monitor, pod: &std::sync::Weak<Pod>) {
+    loop {
+        match monitor.client().watch(WatchRequest {}).await {
+            Ok(stream) => {
+                let mut stream = stream.into_inner();
+                while let Some(Ok(snapshot)) = stream.next().await {
+                    let Some(pod) = pod.upgrade() else { return };
+                    debug!(
+                        sandbox = pod.id,
+                        revision = snapshot.revision,
+                        "state from the monitor"
+                    );
+                    pod.apply(Some(snapshot));
+                }
+            }
+            Err(status) => {
+                info!(pid = monitor.pid(), %status, "monitor does not answer, trying again");
+            }
+        }
+        if pod.strong_count() == 0 {
+            return;
+        }
+        tokio::time::sleep(RECONNECT).await;
+    }
+}
+
+/// Wall clock, nanoseconds since the epoch.
+pub fn now_ns() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_nanos() as u64)
+}
+
+/// `call`, but not longer than `limit`.
+///
+/// # Errors
+/// What the monitor said; UNAVAILABLE after the deadline.
+pub async fn within<T>(
+    limit: Duration,
+    what: &str,
+    call: impl Future<Output = std::result::Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T> {
+    match tokio::time::timeout(limit, call).await {
+        Ok(answer) => Ok(answer?.into_inner()),
+        Err(_) => Err(Error::MonitorUnreachable(format!(
+            "{what} took longer than {} s",
+            limit.as_secs()
+        ))),
+    }
+}

@@ -1,0 +1,295 @@
+//! podvisord's end of a pod's monitor: starting one, finding one again after a restart, calling it,
+//! and learning at once that it died.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use hyper_util::rt::TokioIo;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use podvisor_monitor::fd_socket::Token;
+use podvisor_proto::monitor::monitor_client::MonitorClient;
+use podvisor_proto::monitor::{Launch, Snapshot};
+use prost::Message;
+use tokio::io::AsyncWriteExt;
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::cgroup::PodCgroup;
+use crate::error::{Error, Result};
+use crate::pidfd::{PidFd, start_time};
+
+/// Largest answer of a monitor: ExecSync's two outputs of 16 MiB, and a frame around them.
+const MAX_MESSAGE: usize = 33 << 20;
+
+/// A snapshot on disk is never larger; what is, was not written by a monitor.
+const MAX_STATE_FILE: u64 = 4 << 20;
+
+/// A sandbox's folder, to reach the sockets in it however long its path is: a socket address holds
+/// 108 bytes (unix(7)), an id alone 64.
+#[derive(Debug)]
+pub struct SocketDir {
+    dir: std::fs::File,
+}
+
+impl SocketDir {
+    /// Opens the folder.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn open(dir: &Path) -> std::io::Result<Self> {
+        std::fs::File::open(dir).map(|dir| Self { dir })
+    }
+
+    /// A short path of the socket `name`, good in this process while `self` lives.
+    pub fn path(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.dir.as_raw_fd()))
+    }
+
+    /// A channel to the monitor's API, connected when it is first used.
+    pub fn into_channel(self) -> Channel {
+        Endpoint::from_static("http://monitor").connect_with_connector_lazy(tower::service_fn(
+            move |_| {
+                let path = self.path("monitor.sock");
+                async move { UnixStream::connect(path).await.map(TokioIo::new) }
+            },
+        ))
+    }
+}
+
+/// The running monitor of one pod.
+#[derive(Debug)]
+pub struct Monitor {
+    dir: SocketDir,
+    pid: u32,
+    start: u64,
+    /// Readable once the process has ended; never another process, unlike the pid.
+    process: AsyncFd<PidFd>,
+    channel: Channel,
+}
+
+/// The file descriptors that a new monitor inherits, beside its sockets.
+#[derive(Debug)]
+pub struct LaunchFds {
+    /// Guest kernel.
+    pub kernel: OwnedFd,
+    /// Guest initramfs.
+    pub initramfs: OwnedFd,
+    /// Tap device in the pod's network namespace.
+    pub tap: OwnedFd,
+    /// The pod's writable disk.
+    pub scratch: OwnedFd,
+}
+
+impl Monitor {
+    /// Starts the monitor at `binary` for the sandbox whose folder is `dir`, in `cgroup`. The VM
+    /// begins to boot before this returns. The fields of `launch` that hold descriptors are set here.
+    ///
+    /// # Errors
+    /// The binary cannot be executed, a socket cannot be bound, the cgroup refuses the process.
+    pub async fn launch(
+        binary: &Path,
+        dir: &Path,
+        cgroup: &PodCgroup,
+        mut launch: Launch,
+        fds: LaunchFds,
+    ) -> Result<Self> {
+        let sockets = SocketDir::open(dir).map_err(Error::io(dir.display().to_string()))?;
+        let bind = |name| StdUnixListener::bind(sockets.path(name)).map_err(Error::io(name));
+        let (grpc, vsock) = (bind("monitor.sock")?, bind("vsock.sock")?);
+        let fd_socket = bind_seqpacket(&sockets.path("fd.sock")).map_err(Error::io("fd.sock"))?;
+        let dir_file = std::fs::File::open(dir).map_err(Error::io(dir.display().to_string()))?;
+        let log =
+            std::fs::File::create(dir.join("monitor.log")).map_err(Error::io("monitor.log"))?;
+
+        let vm = launch.vm.get_or_insert_default();
+        vm.kernel_fd = fds.kernel.as_raw_fd();
+        vm.initramfs_fd = fds.initramfs.as_raw_fd();
+        vm.tap_fd = fds.tap.as_raw_fd();
+        launch.scratch_fd = fds.scratch.as_raw_fd();
+        launch.grpc_fd = grpc.as_raw_fd();
+        launch.vsock_fd = vsock.as_raw_fd();
+        launch.fd_socket_fd = fd_socket.as_raw_fd();
+        launch.dir_fd = dir_file.as_raw_fd();
+        let inherited: Vec<RawFd> = vec![
+            fds.kernel.as_raw_fd(),
+            fds.initramfs.as_raw_fd(),
+            fds.tap.as_raw_fd(),
+            fds.scratch.as_raw_fd(),
+            grpc.as_raw_fd(),
+            vsock.as_raw_fd(),
+            fd_socket.as_raw_fd(),
+            dir_file.as_raw_fd(),
+        ];
+
+        let mut command = tokio::process::Command::new(binary);
+        command
+            .arg(dir)
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(log);
+        // SAFETY: between fork and exec only setsid and fcntl are called, both async-signal-safe,
+        // on descriptors that the parent keeps open until spawn has returned.
+        unsafe {
+            command.pre_exec(move || {
+                nix::unistd::setsid()?;
+                for fd in &inherited {
+                    if libc::fcntl(*fd, libc::F_SETFD, 0) == -1 {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
+        }
+        let mut child = command
+            .spawn()
+            .map_err(Error::io(format!("cannot start {}", binary.display())))?;
+        let pid = child.id().ok_or(Error::Cancelled)?;
+        let process = PidFd::open(pid).map_err(Error::io("pidfd_open"))?;
+        let mut stdin = child.stdin.take().ok_or(Error::Cancelled)?;
+        // Nothing runs yet: the monitor waits for its Launch, so all that it starts is in the cgroup.
+        if let Err(error) = cgroup.add(pid) {
+            let _ = child.kill().await;
+            return Err(error.into());
+        }
+        if let Err(error) = stdin.write_all(&launch.encode_to_vec()).await {
+            let _ = child.kill().await;
+            return Err(Error::io("the monitor ended at once, see monitor.log")(
+                error,
+            ));
+        }
+        drop(stdin);
+        // tokio reaps a dropped child when it ends; the pidfd tells when.
+        drop(child);
+        Self::new(dir, pid, process)
+    }
+
+    /// Finds the monitor of an earlier podvisord again. `None` when that process is gone.
+    ///
+    /// # Errors
+    /// The kernel has no pidfds.
+    pub fn adopt(dir: &Path, pid: u32, start: u64) -> Result<Option<Self>> {
+        let process = match PidFd::open(pid) {
+            Ok(fd) => fd,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            Err(error) => return Err(Error::io("pidfd_open")(error)),
+        };
+        // The pid could be another process by now. The pidfd holds whatever it is: compare after.
+        if start_time(pid).ok() != Some(start) {
+            return Ok(None);
+        }
+        Self::new(dir, pid, process).map(Some)
+    }
+
+    fn new(dir: &Path, pid: u32, process: PidFd) -> Result<Self> {
+        let start = start_time(pid).unwrap_or(0);
+        let open = || SocketDir::open(dir).map_err(Error::io(dir.display().to_string()));
+        // SAFETY: the AsyncFd owns the descriptor: it stays open for as long as it is registered.
+        let process = unsafe { AsyncFd::register(process) }
+            .map_err(|error| Error::io("pidfd")(error.into()))?;
+        Ok(Self {
+            dir: open()?,
+            pid,
+            start,
+            process,
+            channel: open()?.into_channel(),
+        })
+    }
+
+    /// A client of the monitor's API; all clients share one connection.
+    pub fn client(&self) -> MonitorClient<Channel> {
+        MonitorClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Start time of the process in clock ticks since boot, against reused pids.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Ends when the process has ended.
+    pub async fn died(&self) {
+        // An error would mean that the runtime shuts down: then nobody waits.
+        let _ = self.process.readable().await;
+    }
+
+    /// Ends the process, and with it its VM. Nothing happens when it has ended.
+    pub fn kill(&self) {
+        let _ = self.process.get_ref().signal(Signal::SIGKILL);
+    }
+
+    /// Hands a file descriptor over. The answer is the token that an RPC names it by.
+    ///
+    /// # Errors
+    /// The monitor does not take it in time.
+    pub async fn send_fd(&self, fd: impl AsFd) -> Result<Vec<u8>> {
+        let token = Token::random();
+        podvisor_monitor::fd_socket::send(&self.dir.path("fd.sock"), token, &[fd.as_fd()])
+            .await
+            .map_err(|error| Error::MonitorUnreachable(error.to_string()))?;
+        Ok(token.to_vec())
+    }
+}
+
+/// The last state that a monitor wrote in its sandbox's folder.
+pub fn read_state_file(dir: &Path) -> Option<Snapshot> {
+    let path = dir.join("state");
+    if std::fs::metadata(&path).ok()?.len() > MAX_STATE_FILE {
+        return None;
+    }
+    Snapshot::decode(std::fs::read(&path).ok()?.as_slice()).ok()
+}
+
+fn bind_seqpacket(path: &Path) -> std::io::Result<OwnedFd> {
+    let fd = nix::sys::socket::socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    nix::sys::socket::bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    nix::sys::socket::listen(&fd, Backlog::new(16)?)?;
+    Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_oversized_state_file_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = std::fs::File::create(dir.path().join("state")).unwrap();
+        file.set_len(MAX_STATE_FILE + 1).unwrap();
+        assert!(read_state_file(dir.path()).is_none());
+        file.set_len(0).unwrap();
+        assert_eq!(read_state_file(dir.path()), Some(Snapshot::default()));
+    }
+
+    #[tokio::test]
+    async fn a_dead_process_is_not_adopted() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = tokio::process::Command::new("true").spawn().unwrap();
+        let pid = child.id().unwrap();
+        child.wait().await.unwrap();
+        assert!(Monitor::adopt(dir.path(), pid, 1).unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_process_with_a_reused_pid_is_not_adopted() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = std::process::id();
+        assert!(Monitor::adopt(dir.path(), own, 1).unwrap().is_none());
+        let start = start_time(own).unwrap();
+        assert!(Monitor::adopt(dir.path(), own, start).unwrap().is_some());
+    }
+}

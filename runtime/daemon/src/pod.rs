@@ -1,0 +1,371 @@
+//! A pod and its containers in podvisord's memory: what was asked, and the newest state its monitor
+//! told. Everything that the CRI lists is answered from here, never by asking a guest.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use podvisor_proto::{cri, monitor};
+
+use crate::error::{Error, Result};
+use crate::ids::{self, Reservation};
+use crate::monitor::Monitor;
+use crate::store::{ContainerRecord, Phase, SandboxRecord};
+
+/// Exit code and reason of a container that died with its VM.
+const KILLED: u32 = 137;
+
+/// A sandbox.
+#[derive(Debug)]
+pub struct Pod {
+    /// 64 hexadecimal digits.
+    pub id: String,
+    /// Serialises stop and remove.
+    pub lifecycle: tokio::sync::Mutex<()>,
+    _name: Reservation,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    record: SandboxRecord,
+    snapshot: monitor::Snapshot,
+    monitor: Option<Arc<Monitor>>,
+    stopping: bool,
+}
+
+/// A container.
+#[derive(Debug)]
+pub struct Container {
+    /// What was asked.
+    pub record: ContainerRecord,
+    /// Where it runs.
+    pub pod: Arc<Pod>,
+    _name: Reservation,
+}
+
+impl Pod {
+    /// A pod whose monitor's first state is `snapshot`.
+    pub fn new(
+        record: SandboxRecord,
+        name: Reservation,
+        snapshot: monitor::Snapshot,
+        monitor: Option<Arc<Monitor>>,
+    ) -> Self {
+        Self {
+            id: record.id.clone(),
+            lifecycle: tokio::sync::Mutex::default(),
+            _name: name,
+            state: Mutex::new(State {
+                record,
+                snapshot,
+                monitor,
+                stopping: false,
+            }),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A copy of the record.
+    pub fn record(&self) -> SandboxRecord {
+        self.state().record.clone()
+    }
+
+    /// The newest state.
+    pub fn snapshot(&self) -> monitor::Snapshot {
+        self.state().snapshot.clone()
+    }
+
+    /// Takes a newer state over. An older one, overtaken on the way, is dropped.
+    pub fn apply(&self, snapshot: Option<monitor::Snapshot>) {
+        let Some(snapshot) = snapshot else { return };
+        let mut state = self.state();
+        if snapshot.revision > state.snapshot.revision {
+            state.snapshot = snapshot;
+        }
+    }
+
+    /// SANDBOX_READY or SANDBOX_NOTREADY.
+    pub fn cri_state(&self) -> cri::PodSandboxState {
+        let state = self.state();
+        if state.record.phase == Phase::Ready as i32
+            && !state.stopping
+            && state.snapshot.state == monitor::SandboxState::Ready as i32
+        {
+            cri::PodSandboxState::SandboxReady
+        } else {
+            cri::PodSandboxState::SandboxNotready
+        }
+    }
+
+    /// The monitor, for calls that need a running pod.
+    ///
+    /// # Errors
+    /// FAILED_PRECONDITION when the sandbox is not ready.
+    pub fn ready_monitor(&self) -> Result<Arc<Monitor>> {
+        if self.cri_state() != cri::PodSandboxState::SandboxReady {
+            let state = self.state();
+            let why = match state.snapshot.reason.as_str() {
+                "" => String::new(),
+                reason => format!(" ({reason}: {})", state.snapshot.message),
+            };
+            return Err(Error::Precondition(format!(
+                "sandbox {} is not ready{why}",
+                self.id
+            )));
+        }
+        self.monitor()
+            .ok_or_else(|| Error::MonitorUnreachable(format!("sandbox {} has no monitor", self.id)))
+    }
+
+    /// The monitor, when there is one.
+    pub fn monitor(&self) -> Option<Arc<Monitor>> {
+        self.state().monitor.clone()
+    }
+
+    /// From now on the sandbox is NOTREADY and takes no new containers.
+    pub fn begin_stop(&self) {
+        self.state().stopping = true;
+    }
+
+    /// The monitor is gone: whatever still ran in the VM died with it. `last` is its state file, if
+    /// it could be read. Returns the record to be kept.
+    pub fn monitor_gone(
+        &self,
+        last: Option<monitor::Snapshot>,
+        reason: &str,
+        now_ns: u64,
+    ) -> SandboxRecord {
+        let mut state = self.state();
+        state.monitor = None;
+        if let Some(last) = last
+            && last.revision > state.snapshot.revision
+        {
+            state.snapshot = last;
+        }
+        bury(&mut state.snapshot, reason, now_ns);
+        state.record.last = Some(state.snapshot.clone());
+        state.record.clone()
+    }
+
+    /// Everything the sandbox had on the host is released.
+    pub fn stopped(&self) -> SandboxRecord {
+        let mut state = self.state();
+        state.record.phase = Phase::Stopped as i32;
+        state.record.last = Some(state.snapshot.clone());
+        state.record.clone()
+    }
+
+    /// The state of one container. One that the monitor never heard of (it died first) counts as
+    /// exited for an unknown reason.
+    pub fn container_state(&self, id: &str) -> monitor::Container {
+        let state = self.state();
+        if let Some(found) = state.snapshot.containers.iter().find(|c| c.id == id) {
+            return found.clone();
+        }
+        monitor::Container {
+            id: id.to_owned(),
+            state: monitor::ContainerState::Exited as i32,
+            exit_code: 255,
+            reason: "Unknown".into(),
+            message: "the sandbox's monitor was lost before it recorded the container".into(),
+            ..Default::default()
+        }
+    }
+}
+
+/// Marks a dead VM's sandbox stopped and its containers exited.
+fn bury(snapshot: &mut monitor::Snapshot, reason: &str, now_ns: u64) {
+    if snapshot.state != monitor::SandboxState::Stopped as i32 {
+        snapshot.state = monitor::SandboxState::Stopped as i32;
+        snapshot.reason = "MonitorGone".into();
+        reason.clone_into(&mut snapshot.message);
+    }
+    for container in &mut snapshot.containers {
+        if container.state != monitor::ContainerState::Exited as i32 {
+            container.state = monitor::ContainerState::Exited as i32;
+            container.exit_code = KILLED;
+            container.reason = "Error".into();
+            reason.clone_into(&mut container.message);
+            container.finished_ns = now_ns;
+        }
+    }
+    snapshot.revision += 1;
+}
+
+impl Container {
+    /// A container of `pod`.
+    pub fn new(record: ContainerRecord, pod: Arc<Pod>, name: Reservation) -> Self {
+        Self {
+            record,
+            pod,
+            _name: name,
+        }
+    }
+
+    /// Its newest state.
+    pub fn state(&self) -> monitor::Container {
+        self.pod.container_state(&self.record.id)
+    }
+}
+
+/// All pods and containers.
+#[derive(Debug, Default)]
+pub struct Pods {
+    inner: RwLock<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    pods: HashMap<String, Arc<Pod>>,
+    containers: HashMap<String, Arc<Container>>,
+}
+
+impl Pods {
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Inner> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Inner> {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a pod visible.
+    pub fn insert(&self, pod: Arc<Pod>) {
+        self.write().pods.insert(pod.id.clone(), pod);
+    }
+
+    /// Makes a container visible.
+    pub fn insert_container(&self, container: Arc<Container>) {
+        self.write()
+            .containers
+            .insert(container.record.id.clone(), container);
+    }
+
+    /// Forgets a pod and its containers.
+    pub fn remove(&self, id: &str) {
+        let mut inner = self.write();
+        inner.pods.remove(id);
+        inner.containers.retain(|_, c| c.record.sandbox_id != id);
+    }
+
+    /// Forgets a container.
+    pub fn remove_container(&self, id: &str) {
+        self.write().containers.remove(id);
+    }
+
+    /// The pod with this id or unambiguous beginning of one.
+    ///
+    /// # Errors
+    /// NOT_FOUND, INVALID_ARGUMENT.
+    pub fn find(&self, id: &str) -> Result<Arc<Pod>> {
+        let inner = self.read();
+        if let Some(pod) = inner.pods.get(id) {
+            return Ok(Arc::clone(pod));
+        }
+        let id = ids::resolve("sandbox", id, inner.pods.keys().map(String::as_str))?;
+        Ok(Arc::clone(&inner.pods[id]))
+    }
+
+    /// The container with this id or unambiguous beginning of one.
+    ///
+    /// # Errors
+    /// NOT_FOUND, INVALID_ARGUMENT.
+    pub fn find_container(&self, id: &str) -> Result<Arc<Container>> {
+        let inner = self.read();
+        if let Some(container) = inner.containers.get(id) {
+            return Ok(Arc::clone(container));
+        }
+        let id = ids::resolve("container", id, inner.containers.keys().map(String::as_str))?;
+        Ok(Arc::clone(&inner.containers[id]))
+    }
+
+    /// All pods, oldest first.
+    pub fn all(&self) -> Vec<Arc<Pod>> {
+        let mut pods: Vec<_> = self.read().pods.values().cloned().collect();
+        pods.sort_by_cached_key(|pod| pod.state().record.created_ns);
+        pods
+    }
+
+    /// All containers, oldest first.
+    pub fn all_containers(&self) -> Vec<Arc<Container>> {
+        let mut containers: Vec<_> = self.read().containers.values().cloned().collect();
+        containers.sort_by_key(|container| container.record.created_ns);
+        containers
+    }
+
+    /// The containers of one pod, oldest first.
+    pub fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
+        let mut containers = self.all_containers();
+        containers.retain(|container| container.record.sandbox_id == pod_id);
+        containers
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Names;
+
+    fn pod(names: &Names, revision: u64) -> Pod {
+        let name = names.reserve("sandbox", "n".into(), "id").unwrap();
+        let running = monitor::Container {
+            id: "c".into(),
+            state: monitor::ContainerState::Running as i32,
+            ..Default::default()
+        };
+        let exited = monitor::Container {
+            id: "d".into(),
+            state: monitor::ContainerState::Exited as i32,
+            exit_code: 3,
+            ..Default::default()
+        };
+        Pod::new(
+            SandboxRecord {
+                id: "id".into(),
+                phase: Phase::Ready as i32,
+                ..Default::default()
+            },
+            name,
+            monitor::Snapshot {
+                state: monitor::SandboxState::Ready as i32,
+                revision,
+                containers: vec![running, exited],
+                ..Default::default()
+            },
+            None,
+        )
+    }
+
+    #[test]
+    fn an_older_state_does_not_overwrite_a_newer_one() {
+        let pod = pod(&Names::default(), 5);
+        pod.apply(Some(monitor::Snapshot {
+            revision: 4,
+            ..Default::default()
+        }));
+        assert_eq!(pod.snapshot().containers.len(), 2);
+        assert_eq!(pod.cri_state(), cri::PodSandboxState::SandboxReady);
+    }
+
+    #[test]
+    fn a_dead_monitor_takes_what_ran_with_it_and_keeps_exit_codes() {
+        let pod = pod(&Names::default(), 5);
+        let record = pod.monitor_gone(None, "killed", 42);
+        assert_eq!(pod.cri_state(), cri::PodSandboxState::SandboxNotready);
+        let ran = pod.container_state("c");
+        assert_eq!((ran.exit_code, ran.finished_ns), (137, 42));
+        assert_eq!(pod.container_state("d").exit_code, 3);
+        assert_eq!(pod.container_state("unheard of").exit_code, 255);
+        assert_eq!(record.last.unwrap().containers.len(), 2);
+    }
+
+    #[test]
+    fn a_pod_that_stops_takes_no_calls() {
+        let pod = pod(&Names::default(), 5);
+        pod.begin_stop();
+        assert!(matches!(pod.ready_monitor(), Err(Error::Precondition(_))));
+    }
+}

@@ -1,0 +1,589 @@
+//! RunPodSandbox, StopPodSandbox, RemovePodSandbox: the life of a pod's VM and of everything the
+//! host keeps for it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use podvisor_network::{
+    Attachment, Bandwidth, INTERFACE, PodIdentity, PortMapping, Protocol, TAP, netns, tap,
+};
+use podvisor_proto::{cri, monitor};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, info, warn};
+
+use crate::cgroup::PodCgroup;
+use crate::daemon::{Daemon, now_ns, within};
+use crate::error::{Error, Result};
+use crate::ids::{self, Reservation};
+use crate::monitor::{LaunchFds, Monitor};
+use crate::pod::Pod;
+use crate::store::{Phase, SandboxRecord};
+use crate::{guest_config, inventory, vm_size};
+
+/// How long a monitor may take to end its VM after all containers are dead.
+const SHUTDOWN: Duration = Duration::from_secs(20);
+
+/// How long killed processes may take to be gone from their cgroup.
+const KILLED_PROCESSES: Duration = Duration::from_secs(10);
+
+/// On top of the boot's own deadline, for what comes after the agent's call.
+const CONFIGURE_MARGIN: Duration = Duration::from_secs(10);
+
+impl Daemon {
+    /// Creates and starts a sandbox. When the caller goes away first, all of it is undone.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT, ALREADY_EXISTS, FAILED_PRECONDITION (no network, host namespaces), what the
+    /// boot of the VM ended with.
+    pub async fn run_pod_sandbox(
+        self: &Arc<Self>,
+        config: cri::PodSandboxConfig,
+        runtime_handler: String,
+    ) -> Result<String> {
+        validate(&config, &runtime_handler)?;
+        self.cni.status().await?;
+        let id = ids::new_id()?;
+        let metadata = config.metadata.clone().unwrap_or_default();
+        let name = self
+            .sandbox_names
+            .reserve("sandbox", ids::sandbox_name(&metadata), &id)?;
+        let record = SandboxRecord {
+            id: id.clone(),
+            config: Some(config),
+            runtime_handler,
+            created_ns: now_ns() as i64,
+            phase: Phase::Creating as i32,
+            ..Default::default()
+        };
+        // A task of its own: dropping this future, as tonic does when the client goes away, cancels
+        // the creation in an orderly way instead of abandoning it half done.
+        let cancel = CancellationToken::new();
+        let guard = cancel.clone().drop_guard();
+        let daemon = Arc::clone(self);
+        let task = tokio::spawn(
+            async move { Box::pin(daemon.create_or_undo(record, name, cancel)).await }
+                .in_current_span(),
+        );
+        let result = task.await.map_err(|_| Error::Cancelled)?;
+        guard.disarm();
+        result.map(|()| id)
+    }
+
+    async fn create_or_undo(
+        self: &Arc<Self>,
+        mut record: SandboxRecord,
+        name: Reservation,
+        cancel: CancellationToken,
+    ) -> Result<()> {
+        self.store.put_sandbox(record.clone()).await?;
+        let created = self.create(&mut record, &cancel).await;
+        let created = match created {
+            Ok(_) if cancel.is_cancelled() => Err(Error::Cancelled),
+            other => other,
+        };
+        match created {
+            Ok((monitor, snapshot)) => {
+                record.phase = Phase::Ready as i32;
+                self.store.put_sandbox(record.clone()).await?;
+                let pod = Arc::new(Pod::new(record, name, snapshot, Some(Arc::new(monitor))));
+                self.pods.insert(Arc::clone(&pod));
+                self.watch(&pod);
+                Ok(())
+            }
+            Err(error) => {
+                info!(sandbox = record.id, %error, "sandbox could not be created, undoing");
+                if let Err(undo) = self.release(&record).await {
+                    warn!(sandbox = record.id, error = %undo, "undo is not complete, the reconcile goes on");
+                    return Err(error);
+                }
+                self.store.remove_sandbox(record.id, Vec::new()).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// The VM boots while CNI works: the guest needs its addresses only when its agent is up.
+    async fn create(
+        self: &Arc<Self>,
+        record: &mut SandboxRecord,
+        cancel: &CancellationToken,
+    ) -> Result<(Monitor, monitor::Snapshot)> {
+        let id = record.id.clone();
+        let config = record.config.clone().unwrap_or_default();
+        let mut timeline = Timeline::new(record.created_ns as u64);
+        let size = vm_size::of(&config, &self.config.vm);
+
+        let prepared = timeline
+            .phase("host resources", self.prepare(&id, &config))
+            .await?;
+        let launch = monitor::Launch {
+            sandbox_id: id.clone(),
+            vm: Some(monitor::VmSpec {
+                vcpus: size.vcpus,
+                memory_bytes: size.memory_bytes,
+                cmdline: self.config.vm.kernel_args.clone(),
+                mac: START_MAC.into(),
+                backend: monitor::Backend::Qemu as i32,
+                qemu: self.config.qemu.binary.display().to_string(),
+                accel: self.accel.into(),
+                ..Default::default()
+            }),
+            dir: self.sandbox_dir(&id).display().to_string(),
+            scratch_bytes: self.config.vm.scratch_mib << 20,
+            boot_timeout_ms: self.config.boot_timeout().as_millis() as u64,
+            requested_ns: record.created_ns as u64,
+            log_filter: self.config.log.clone(),
+            ..Default::default()
+        };
+        let monitor = timeline
+            .phase(
+                "monitor spawn",
+                Monitor::launch(
+                    &self.config.monitor_path().map_err(Error::io("monitor"))?,
+                    &self.sandbox_dir(&id),
+                    &prepared.cgroup,
+                    launch,
+                    prepared.fds,
+                ),
+            )
+            .await?;
+        record.monitor_pid = monitor.pid();
+        record.monitor_start = monitor.start();
+        self.store.put_sandbox(record.clone()).await?;
+
+        let attached = timeline
+            .phase("CNI", async {
+                let network = self.cni.add(&self.attachment(&id, &config)?).await?;
+                podvisor_network::tc::mirror(&self.netns_path(&id), INTERFACE, TAP).await?;
+                Ok::<_, Error>(network)
+            })
+            .await;
+        let network = match attached {
+            Ok(network) => network,
+            Err(error) => {
+                monitor.kill();
+                return Err(error);
+            }
+        };
+        record.ips = network.ips.iter().map(ToString::to_string).collect();
+
+        let request = monitor::ConfigureRequest {
+            sandbox: Some(guest_config::sandbox(&id, &config, &network)),
+            network: Some(guest_config::network(&network)),
+        };
+        let mut client = monitor.client();
+        let configured = timeline
+            .phase("wait for the guest", async {
+                let limit = self.config.boot_timeout() + CONFIGURE_MARGIN;
+                tokio::select! {
+                    answer = within(limit, "Configure", client.configure(request)) => answer,
+                    () = cancel.cancelled() => Err(Error::Cancelled),
+                    () = monitor.died() => Err(Error::MonitorUnreachable(
+                        self.monitor_log_tail(&id),
+                    )),
+                }
+            })
+            .await;
+        record.timeline = timeline.entries;
+        match configured {
+            Ok(answer) => Ok((monitor, answer.snapshot.unwrap_or_default())),
+            Err(error) => {
+                monitor.kill();
+                Err(error)
+            }
+        }
+    }
+
+    /// What the host must have before a monitor can start: folder, cgroup, namespace, tap, disk.
+    async fn prepare(&self, id: &str, config: &cri::PodSandboxConfig) -> Result<Prepared> {
+        let dir = self.sandbox_dir(id);
+        let netns_path = self.netns_path(id);
+        let scratch_path = self.scratch_path(id);
+        let scratch_bytes = self.config.vm.scratch_mib << 20;
+        let parent = self.cgroup_parent(config);
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, id);
+        let kernel = self.config.kernel_path();
+        let initramfs = self.config.initramfs_path();
+        let network = async {
+            netns::create(&netns_path).await?;
+            Ok::<OwnedFd, Error>(tap::open(&netns_path, TAP).await?)
+        };
+        let files = tokio::task::spawn_blocking(move || -> Result<_> {
+            std::fs::create_dir(&dir).map_err(Error::io(dir.display().to_string()))?;
+            let open = |path: &std::path::Path| {
+                std::fs::File::open(path)
+                    .map(OwnedFd::from)
+                    .map_err(Error::io(format!("guest image {}", path.display())))
+            };
+            let cgroup = PodCgroup::create(&parent, &leaf)?;
+            let scratch = podvisor_image::scratch::create(&scratch_path, scratch_bytes)
+                .map_err(Error::io("the pod's writable disk"))?;
+            Ok((open(&kernel)?, open(&initramfs)?, cgroup, scratch))
+        });
+        // Both are awaited whatever happens: nothing may be made after an undo has begun.
+        let (network, files) = tokio::join!(network, files);
+        let tap = network?;
+        let (kernel, initramfs, cgroup, scratch) = files.map_err(|_| Error::Cancelled)??;
+        Ok(Prepared {
+            cgroup,
+            fds: LaunchFds {
+                kernel,
+                initramfs,
+                tap,
+                scratch: scratch.into(),
+            },
+        })
+    }
+
+    fn cgroup_parent(&self, config: &cri::PodSandboxConfig) -> String {
+        config
+            .linux
+            .as_ref()
+            .map(|linux| linux.cgroup_parent.as_str())
+            .filter(|parent| !parent.is_empty())
+            .unwrap_or(&self.config.cgroup.parent)
+            .to_owned()
+    }
+
+    fn attachment(&self, id: &str, config: &cri::PodSandboxConfig) -> Result<Attachment> {
+        let metadata = config.metadata.clone().unwrap_or_default();
+        let annotation = |name: &str| config.annotations.get(name).map(String::as_str);
+        Ok(Attachment {
+            sandbox_id: id.to_owned(),
+            netns: self.netns_path(id),
+            pod: PodIdentity {
+                name: metadata.name,
+                namespace: metadata.namespace,
+                uid: metadata.uid,
+            },
+            port_mappings: port_mappings(config)?,
+            bandwidth: Bandwidth::from_annotations(annotation).map_err(|problem| {
+                Error::Invalid {
+                    field: "config.annotations",
+                    problem,
+                }
+            })?,
+            annotations: config.annotations.clone().into_iter().collect(),
+            ..Default::default()
+        })
+    }
+
+    fn monitor_log_tail(&self, id: &str) -> String {
+        let text = std::fs::read_to_string(self.sandbox_dir(id).join("monitor.log"));
+        match text.unwrap_or_default().trim_end().rsplit('\n').next() {
+            Some(line) if !line.is_empty() => format!("it ended, its last words: {line}"),
+            _ => "it ended".into(),
+        }
+    }
+
+    /// Kills what runs, frees everything but the record. Fine when the sandbox is stopped or gone.
+    ///
+    /// # Errors
+    /// Something could not be released: a later call goes on.
+    pub async fn stop_pod_sandbox(&self, id: &str) -> Result<()> {
+        let pod = match self.pods.find(id) {
+            Ok(pod) => pod,
+            Err(Error::NotFound { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let _one_at_a_time = pod.lifecycle.lock().await;
+        self.stop(&pod).await
+    }
+
+    async fn stop(&self, pod: &Pod) -> Result<()> {
+        if pod.record().phase == Phase::Stopped as i32 {
+            return Ok(());
+        }
+        pod.begin_stop();
+        if let Some(monitor) = pod.monitor() {
+            let request = monitor::ShutdownRequest { grace_ms: 0 };
+            let mut client = monitor.client();
+            let answer = tokio::select! {
+                answer = within(SHUTDOWN, "Shutdown", client.shutdown(request)) => answer,
+                () = monitor.died() => Err(Error::MonitorUnreachable("it died".into())),
+            };
+            match answer {
+                Ok(answer) => pod.apply(answer.snapshot),
+                Err(error) => {
+                    warn!(sandbox = pod.id, %error, "no orderly shutdown, killing the VM");
+                }
+            }
+            if tokio::time::timeout(Duration::from_secs(2), monitor.died())
+                .await
+                .is_err()
+            {
+                monitor.kill();
+                monitor.died().await;
+            }
+            let last = crate::monitor::read_state_file(&self.sandbox_dir(&pod.id));
+            let record = pod.monitor_gone(last, "the sandbox was stopped", now_ns());
+            self.store.put_sandbox(record).await?;
+        }
+        self.release(&pod.record()).await?;
+        self.store.put_sandbox(pod.stopped()).await?;
+        Ok(())
+    }
+
+    /// Stops if need be, then forgets the sandbox and its containers. Fine when it is gone.
+    ///
+    /// # Errors
+    /// As [`Self::stop_pod_sandbox`].
+    pub async fn remove_pod_sandbox(&self, id: &str) -> Result<()> {
+        let pod = match self.pods.find(id) {
+            Ok(pod) => pod,
+            Err(Error::NotFound { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let _one_at_a_time = pod.lifecycle.lock().await;
+        self.stop(&pod).await?;
+        let containers = self
+            .pods
+            .containers_of(&pod.id)
+            .iter()
+            .map(|container| container.record.id.clone())
+            .collect();
+        self.store
+            .remove_sandbox(pod.id.clone(), containers)
+            .await?;
+        self.pods.remove(&pod.id);
+        Ok(())
+    }
+
+    /// Frees all that the host holds for a sandbox, whatever of it there is. Each step is tried even
+    /// when one before it failed; the first failure is reported.
+    ///
+    /// # Errors
+    /// The first of them.
+    pub async fn release(&self, record: &SandboxRecord) -> Result<()> {
+        let id = record.id.clone();
+        let config = record.config.clone().unwrap_or_default();
+        let parent = self.cgroup_parent(&config);
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, &id);
+        // The processes first: they hold the tap, the disk and the cgroup.
+        let processes = tokio::task::spawn_blocking(move || -> Result<()> {
+            let cgroup = PodCgroup::at(&parent, &leaf)?;
+            cgroup.kill_all()?;
+            Ok(cgroup.remove(KILLED_PROCESSES)?)
+        })
+        .await
+        .map_err(|_| Error::Cancelled)?;
+        let network = self.cni.del(&id).await;
+        let netns_path = self.netns_path(&id);
+        let scratch = self.scratch_path(&id);
+        let dir = self.sandbox_dir(&id);
+        let netns = netns::delete(&netns_path).await;
+        let files = tokio::task::spawn_blocking(move || -> Result<()> {
+            let scratch = gone(std::fs::remove_file(&scratch)).map_err(Error::io("scratch disk"));
+            let dir = gone(std::fs::remove_dir_all(&dir)).map_err(Error::io("sandbox folder"));
+            scratch.and(dir)
+        })
+        .await
+        .map_err(|_| Error::Cancelled)?;
+        processes?;
+        network?;
+        netns?;
+        files
+    }
+}
+
+/// Address the guest's interface has until CNI's is set: locally administered, never on a wire.
+const START_MAC: &str = "02:00:00:00:00:01";
+
+struct Prepared {
+    cgroup: PodCgroup,
+    fds: LaunchFds,
+}
+
+fn gone(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>> {
+    let invalid = |problem: String| Error::Invalid {
+        field: "config.port_mappings",
+        problem,
+    };
+    let port =
+        |number: i32| u16::try_from(number).map_err(|_| invalid(format!("{number} is not a port")));
+    config
+        .port_mappings
+        .iter()
+        .map(|mapping| {
+            Ok(PortMapping {
+                host_port: port(mapping.host_port)?,
+                container_port: port(mapping.container_port)?,
+                protocol: match mapping.protocol() {
+                    cri::Protocol::Tcp => Protocol::Tcp,
+                    cri::Protocol::Udp => Protocol::Udp,
+                    cri::Protocol::Sctp => Protocol::Sctp,
+                },
+                host_ip: match mapping.host_ip.as_str() {
+                    "" => None,
+                    ip => Some(
+                        ip.parse()
+                            .map_err(|_| invalid(format!("{ip:?} is no address")))?,
+                    ),
+                },
+            })
+        })
+        .collect()
+}
+
+fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result<()> {
+    let invalid = |field, problem: &str| {
+        Err(Error::Invalid {
+            field,
+            problem: problem.into(),
+        })
+    };
+    let Some(metadata) = &config.metadata else {
+        return invalid("config.metadata", "missing");
+    };
+    for (field, value) in [
+        ("config.metadata.name", &metadata.name),
+        ("config.metadata.namespace", &metadata.namespace),
+        ("config.metadata.uid", &metadata.uid),
+    ] {
+        if value.is_empty() {
+            return invalid(field, "must not be empty");
+        }
+    }
+    if !matches!(runtime_handler, "" | "podvisor") {
+        return Err(Error::Invalid {
+            field: "runtime_handler",
+            problem: format!("no handler {runtime_handler:?} here; there is \"podvisor\""),
+        });
+    }
+    port_mappings(config)?;
+    if config.hostname.len() > 64 {
+        return invalid("config.hostname", "longer than 64 bytes");
+    }
+    let options = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref())
+        .and_then(|context| context.namespace_options.clone())
+        .unwrap_or_default();
+    for (field, mode, what) in [
+        ("network", options.network(), "the host's network"),
+        ("pid", options.pid(), "the host's processes"),
+        ("ipc", options.ipc(), "the host's IPC objects"),
+    ] {
+        if mode == cri::NamespaceMode::Node {
+            return Err(Error::Precondition(format!(
+                "config.linux.security_context.namespace_options.{field}: a pod in a VM cannot have {what}"
+            )));
+        }
+    }
+    let users = options.userns_options.unwrap_or_default();
+    if !users.uids.is_empty() || !users.gids.is_empty() {
+        return Err(Error::Unsupported {
+            field: "config.linux.security_context.namespace_options.userns_options",
+            what: "a user namespace".into(),
+        });
+    }
+    Ok(())
+}
+
+/// Measures phases of RunPodSandbox.
+struct Timeline {
+    zero_ns: u64,
+    entries: Vec<monitor::TimelineEntry>,
+}
+
+impl Timeline {
+    fn new(zero_ns: u64) -> Self {
+        Self {
+            zero_ns,
+            entries: Vec::new(),
+        }
+    }
+
+    async fn phase<T>(&mut self, name: &str, work: impl Future<Output = T>) -> T {
+        let start_ns = now_ns().saturating_sub(self.zero_ns);
+        let result = work.await;
+        self.entries.push(monitor::TimelineEntry {
+            phase: name.into(),
+            start_ns,
+            end_ns: now_ns().saturating_sub(self.zero_ns),
+        });
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> cri::PodSandboxConfig {
+        cri::PodSandboxConfig {
+            metadata: Some(cri::PodSandboxMetadata {
+                name: "p".into(),
+                uid: "u".into(),
+                namespace: "n".into(),
+                attempt: 0,
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_field_that_is_wrong_is_named() {
+        validate(&valid(), "").unwrap();
+        validate(&valid(), "podvisor").unwrap();
+        let error = validate(&valid(), "gvisor").unwrap_err().to_string();
+        assert!(error.contains("runtime_handler"), "{error}");
+        let error = validate(&cri::PodSandboxConfig::default(), "").unwrap_err();
+        assert!(error.to_string().contains("config.metadata"), "{error}");
+        let mut config = valid();
+        config.metadata.as_mut().unwrap().uid.clear();
+        let error = validate(&config, "").unwrap_err().to_string();
+        assert!(error.contains("config.metadata.uid"), "{error}");
+    }
+
+    #[test]
+    fn host_namespaces_are_refused_with_the_reason() {
+        let mut config = valid();
+        config.linux = Some(cri::LinuxPodSandboxConfig {
+            security_context: Some(cri::LinuxSandboxSecurityContext {
+                namespace_options: Some(cri::NamespaceOption {
+                    network: cri::NamespaceMode::Node as i32,
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        let error = validate(&config, "").unwrap_err();
+        assert!(matches!(error, Error::Precondition(_)), "{error}");
+    }
+
+    #[test]
+    fn ports_are_checked() {
+        let mut config = valid();
+        let mapping = |host_port, container_port, host_ip: &str| cri::PortMapping {
+            container_port,
+            host_port,
+            protocol: cri::Protocol::Udp as i32,
+            host_ip: host_ip.into(),
+        };
+        config.port_mappings = vec![mapping(8080, 80, "127.0.0.1"), mapping(0, 81, "")];
+        let mappings = port_mappings(&config).unwrap();
+        assert_eq!(
+            (mappings[0].host_port, mappings[0].protocol),
+            (8080, Protocol::Udp)
+        );
+        for bad in [
+            mapping(-1, 80, ""),
+            mapping(1, 65536, ""),
+            mapping(1, 1, "host"),
+        ] {
+            config.port_mappings = vec![bad];
+            assert!(matches!(validate(&config, ""), Err(Error::Invalid { .. })));
+        }
+    }
+}

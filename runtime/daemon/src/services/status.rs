@@ -1,0 +1,168 @@
+//! Version, Status, RuntimeConfig, and the JSON that verbose answers carry.
+
+use std::collections::HashMap;
+
+use podvisor_proto::{cri, monitor};
+use serde_json::json;
+
+use crate::config::CgroupDriver;
+use crate::daemon::Daemon;
+use crate::pod::{Container, Pod};
+
+pub fn version() -> cri::VersionResponse {
+    cri::VersionResponse {
+        // "0.1.0" by convention: the kubelet's own kubeRuntimeAPIVersion.
+        version: "0.1.0".into(),
+        runtime_name: "podvisor".into(),
+        runtime_version: env!("CARGO_PKG_VERSION").into(),
+        runtime_api_version: "v1".into(),
+    }
+}
+
+pub fn runtime_config(daemon: &Daemon) -> cri::RuntimeConfigResponse {
+    let driver = match daemon.config.cgroup.driver {
+        CgroupDriver::Cgroupfs => cri::CgroupDriver::Cgroupfs,
+        CgroupDriver::Systemd => cri::CgroupDriver::Systemd,
+    };
+    cri::RuntimeConfigResponse {
+        linux: Some(cri::LinuxRuntimeConfiguration {
+            cgroup_driver: driver as i32,
+        }),
+    }
+}
+
+pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
+    let network = daemon.cni.status().await;
+    let missing = missing_file(daemon);
+    let conditions = vec![
+        condition(
+            "RuntimeReady",
+            missing.map(|what| ("RuntimeIncomplete", what)),
+        ),
+        condition(
+            "NetworkReady",
+            network
+                .as_ref()
+                .err()
+                .map(|error| ("NetworkPluginNotReady", error.to_string())),
+        ),
+    ];
+    let handler = |name: &str| cri::RuntimeHandler {
+        name: name.into(),
+        features: Some(cri::RuntimeHandlerFeatures::default()),
+    };
+    let mut info = HashMap::new();
+    if verbose {
+        info.insert(
+            "podvisor".to_owned(),
+            json!({
+                "version": env!("CARGO_PKG_VERSION"),
+                "backend": "qemu",
+                "accelerator": daemon.accel,
+                "warnings": daemon.warnings,
+                "network": network.ok().map(|network| json!({
+                    "name": network.name,
+                    "file": network.file,
+                    "ignored": network.ignored,
+                })),
+            })
+            .to_string(),
+        );
+        if let Ok(config) = serde_json::to_string(&daemon.config) {
+            info.insert("config".to_owned(), config);
+        }
+    }
+    cri::StatusResponse {
+        status: Some(cri::RuntimeStatus { conditions }),
+        info,
+        runtime_handlers: vec![handler(""), handler("podvisor")],
+        features: Some(cri::RuntimeFeatures {
+            // The agent resolves groups by both policies.
+            supplemental_groups_policy: true,
+            ..Default::default()
+        }),
+    }
+}
+
+/// The first thing without which no pod can start.
+fn missing_file(daemon: &Daemon) -> Option<String> {
+    [
+        ("guest kernel", daemon.config.kernel_path()),
+        ("guest initramfs", daemon.config.initramfs_path()),
+        ("QEMU", daemon.config.qemu.binary.clone()),
+    ]
+    .into_iter()
+    .find(|(_, path)| !path.exists())
+    .map(|(what, path)| format!("{what} {} is not there", path.display()))
+}
+
+fn condition(kind: &str, problem: Option<(&str, String)>) -> cri::RuntimeCondition {
+    let (reason, message) = problem.clone().unwrap_or_default();
+    cri::RuntimeCondition {
+        r#type: kind.into(),
+        status: problem.is_none(),
+        reason: reason.into(),
+        message,
+    }
+}
+
+/// `info` of PodSandboxStatus: the VM, and how its start went.
+pub fn pod_info(pod: &Pod) -> HashMap<String, String> {
+    let record = pod.record();
+    let snapshot = pod.snapshot();
+    HashMap::from([
+        (
+            "timeline".to_owned(),
+            json!(timeline(&record.timeline, &snapshot.timeline)).to_string(),
+        ),
+        (
+            "vm".to_owned(),
+            json!({
+                "state": snapshot.state().as_str_name(),
+                "reason": snapshot.reason,
+                "message": snapshot.message,
+                "monitorPid": snapshot.monitor_pid,
+                "vmmPid": snapshot.vmm_pid,
+                "agentVersion": snapshot.agent_version,
+                "kernelRelease": snapshot.kernel_release,
+                "guestMemoryTotalBytes": snapshot.guest_memory_total_bytes,
+                "guestMemoryAvailableBytes": snapshot.guest_memory_available_bytes,
+            })
+            .to_string(),
+        ),
+    ])
+}
+
+fn timeline(
+    daemon: &[monitor::TimelineEntry],
+    monitor: &[monitor::TimelineEntry],
+) -> Vec<serde_json::Value> {
+    let milliseconds = |ns: u64| (ns as f64 / 1e4).round() / 1e2;
+    let mut entries: Vec<_> = daemon.iter().chain(monitor).collect();
+    entries.sort_by_key(|entry| entry.start_ns);
+    entries
+        .into_iter()
+        .map(|entry| {
+            json!({
+                "phase": entry.phase,
+                "start_ms": milliseconds(entry.start_ns),
+                "end_ms": milliseconds(entry.end_ns),
+            })
+        })
+        .collect()
+}
+
+/// `info` of ContainerStatus.
+pub fn container_info(container: &Container) -> HashMap<String, String> {
+    let state = container.state();
+    HashMap::from([(
+        "info".to_owned(),
+        json!({
+            "sandboxID": container.record.sandbox_id,
+            "guestPid": state.pid,
+            "imageID": container.record.image_id,
+            "stopSignal": container.record.stop_signal,
+        })
+        .to_string(),
+    )])
+}

@@ -1,0 +1,8 @@
+//! podvisor-monitor: keeper of one pod. This library is what its callers need to start it and to
+//! talk to it; the keeper itself is the binary (`main.rs` has the map of it).
+//!
+//! - [`launcher`]: starts the process with its inherited file descriptors
+//! - [`fd_socket`]: hands it file descriptors later, beside its gRPC socket
+
+pub mod fd_socket;
+pub mod launcher;

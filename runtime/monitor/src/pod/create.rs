@@ -1,0 +1,164 @@
+//! CreateContainer, RemoveContainer, ReopenLog.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+
+use podvisor_proto::agent;
+use podvisor_proto::monitor::{self, ContainerState, CreateContainerRequest, SandboxState};
+use prost::Message;
+use tracing::{info, warn};
+
+use super::container::Container;
+use super::{Pod, PodError};
+use crate::log::LogSink;
+use crate::state::now_ns;
+
+impl Pod {
+    /// Assembles a container in the guest.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<(), PodError> {
+        check_id(&request.id)?;
+        let agent = self.agent()?;
+        let container = self.enter(&request)?;
+        let _operation = container.operation.lock().await;
+        if self.state.container_state(&container.id).is_some() {
+            return Ok(()); // A retry.
+        }
+        // A try that failed meanwhile has taken the entry away.
+        if !Arc::ptr_eq(&container, &self.container(&request.id)?) {
+            return Err(PodError::State("tried twice at a time".to_owned()));
+        }
+        match self.create_in_guest(&agent, &request).await {
+            Ok(user) => {
+                info!(container = request.id, "created");
+                self.state.update(|snapshot| {
+                    snapshot.containers.push(monitor::Container {
+                        id: request.id,
+                        created_ns: now_ns(),
+                        user,
+                        ..monitor::Container::default()
+                    });
+                });
+                Ok(())
+            }
+            Err(error) => {
+                self.containers().remove(&request.id);
+                Err(error)
+            }
+        }
+    }
+
+    /// Kills what is left of a container and forgets it.
+    pub async fn remove(&self, id: &str) -> Result<(), PodError> {
+        let Ok(container) = self.container(id) else {
+            return Ok(());
+        };
+        if self.state.container_state(id) == Some(ContainerState::Running) {
+            self.kill(id).await?;
+        }
+        let _operation = container.operation.lock().await;
+        if self.container(id).is_err() {
+            return Ok(()); // Another caller was faster.
+        }
+        // With the VM, all is gone that there was.
+        if self.state.sandbox_state() != SandboxState::Stopped {
+            let removed = self.any_agent()?.remove_container(id).await?;
+            self.layers.release(&container.diff_ids);
+            self.layers.unmap(&removed.released);
+        }
+        self.containers().remove(id);
+        self.state
+            .update(|snapshot| snapshot.containers.retain(|entry| entry.id != id));
+        info!(container = id, "removed");
+        Ok(())
+    }
+
+    /// Goes on in another log file. When this returns nothing is written to the old one any more.
+    pub async fn reopen_log(&self, id: &str, fd_token: &[u8]) -> Result<(), PodError> {
+        let file = self.fds.take(fd_token);
+        let container = self.container(id)?;
+        let file = file.ok_or_else(|| PodError::State("no log file came".to_owned()))?;
+        let log = Arc::clone(&container.log);
+        // Waits for a write that is under way.
+        tokio::task::spawn_blocking(move || log.reopen(file))
+            .await
+            .map_err(|error| PodError::Internal(error.to_string()))
+    }
+
+    /// The entry of the container to create: a new one, or that of the same request before.
+    fn enter(&self, request: &CreateContainerRequest) -> Result<Arc<Container>, PodError> {
+        let log_file = self.fds.take(&request.log_fd_token);
+        let fingerprint = fingerprint(request);
+        let mut containers = self.containers();
+        if let Some(existing) = containers.get(&request.id) {
+            if existing.fingerprint != fingerprint {
+                return Err(PodError::Exists(request.id.clone()));
+            }
+            return Ok(Arc::clone(existing));
+        }
+        if log_file.is_none() && !request.log_fd_token.is_empty() {
+            return Err(PodError::State("no log file came".to_owned()));
+        }
+        let log = LogSink::new(&request.id, log_file);
+        let container = Arc::new(Container::new(request, log, fingerprint));
+        containers.insert(request.id.clone(), Arc::clone(&container));
+        Ok(container)
+    }
+
+    async fn create_in_guest(
+        &self,
+        agent: &crate::agent::Agent,
+        request: &CreateContainerRequest,
+    ) -> Result<Option<agent::ResolvedUser>, PodError> {
+        let segments = self.layers.acquire(&request.layers, &self.fds)?;
+        let created = agent
+            .create_container(agent::CreateContainerRequest {
+                id: request.id.clone(),
+                layers: segments,
+                spec: request.spec.clone(),
+                user: request.user.clone(),
+            })
+            .await;
+        match created {
+            Ok(created) => Ok(created.user),
+            Err(error) => {
+                self.undo_create(agent, request).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Takes a container that could not be created out of the guest.
+    async fn undo_create(&self, agent: &crate::agent::Agent, request: &CreateContainerRequest) {
+        let diff_ids: Vec<String> = request.layers.iter().map(|l| l.diff_id.clone()).collect();
+        self.layers.release(&diff_ids);
+        match agent.remove_container(&request.id).await {
+            Ok(removed) => self.layers.unmap(&removed.released),
+            Err(error) => {
+                warn!(container = request.id, %error, "a failed create could not be undone");
+            }
+        }
+    }
+}
+
+/// Ids are 64 lower-case hexadecimal digits.
+fn check_id(id: &str) -> Result<(), PodError> {
+    let hexadecimal = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    if id.len() == 64 && id.bytes().all(hexadecimal) {
+        return Ok(());
+    }
+    Err(PodError::Invalid(
+        "a container id is 64 hexadecimal digits".to_owned(),
+    ))
+}
+
+/// Everything in the request but the tokens, which differ from try to try.
+fn fingerprint(request: &CreateContainerRequest) -> u64 {
+    let mut request = request.clone();
+    request.log_fd_token.clear();
+    for layer in &mut request.layers {
+        layer.fd_token.clear();
+    }
+    let mut hasher = DefaultHasher::new();
+    request.encode_to_vec().hash(&mut hasher);
+    hasher.finish()
+}

@@ -1,0 +1,427 @@
+//! The pod: one VM and its containers.
+//!
+//! - `mod.rs`: the sandbox: the agent comes and goes, events, the end of the VM
+//! - [`container`]: what is kept of one container, and how it ends
+//! - [`create`], [`start`], [`stop`], [`exec`], [`shutdown`]: what callers ask for
+//! - [`layers`]: image layers on the pod's disk
+//! - [`streams`]: byte streams between a process in the guest and the monitor
+//!
+//! Facts for callers are in [`State`]; what only the monitor needs is in [`Container`]. Both change
+//! under short locks, never held across an await. Callers' requests that change something run as
+//! tasks of their own (see `service.rs`): a caller that goes away does not leave half of it.
+
+pub mod container;
+mod create;
+mod exec;
+pub mod layers;
+mod shutdown;
+mod start;
+mod stop;
+mod streams;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use podvisor_proto::agent::{self, Event, HelloResponse, event};
+use podvisor_proto::monitor::{
+    ConfigureRequest, ContainerState, SandboxState, Snapshot, TimelineEntry,
+};
+use podvisor_vmm::SegmentMap;
+use thiserror::Error;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status};
+use tracing::{debug, info, warn};
+
+use crate::agent::{Agent, AgentError, Observer};
+use crate::console::Console;
+use crate::fd_table::FdTable;
+use crate::state::{State, now_ns};
+use container::Container;
+use exec::Execs;
+use layers::{LayerError, Layers};
+pub use streams::Dial;
+
+/// Execs at a time: each may keep its output in our memory.
+const MAX_EXECS: usize = 64;
+
+/// How long an agent whose connection broke may take to dial again.
+const AGENT_RETURN: Duration = Duration::from_secs(10);
+
+/// How long the streams of a VM that is gone may take to end.
+const VM_GONE_DRAIN: Duration = Duration::from_millis(500);
+
+/// Why a request of a caller fails.
+#[derive(Debug, Error)]
+pub enum PodError {
+    /// No container of this id.
+    #[error("container {0} not found")]
+    NotFound(String),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// The same id was used for something else.
+    #[error("container {0} exists and is another one")]
+    Exists(String),
+    /// Not in this state.
+    #[error("{0}")]
+    State(String),
+    /// The VM did not boot in time, or a process does not end.
+    #[error("{0}")]
+    Deadline(String),
+    /// The caller went away.
+    #[error("cancelled")]
+    Cancelled,
+    /// Too many execs.
+    #[error("{MAX_EXECS} commands run already")]
+    TooManyExecs,
+    /// Layers.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// A stream to the guest.
+    #[error("a stream to the guest: {0}")]
+    Stream(#[source] std::io::Error),
+    /// A task of ours ended early.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl From<PodError> for Status {
+    fn from(error: PodError) -> Self {
+        let code = match &error {
+            PodError::NotFound(_) => Code::NotFound,
+            PodError::Invalid(_) | PodError::Layer(LayerError::TooMany(_)) => Code::InvalidArgument,
+            PodError::Exists(_) => Code::AlreadyExists,
+            PodError::State(_) | PodError::Layer(LayerError::NoFile(_)) => Code::FailedPrecondition,
+            PodError::Deadline(_) | PodError::Agent(AgentError::Deadline { .. }) => {
+                Code::DeadlineExceeded
+            }
+            PodError::Cancelled => Code::Cancelled,
+            PodError::TooManyExecs | PodError::Layer(LayerError::Disk { .. }) => {
+                Code::ResourceExhausted
+            }
+            PodError::Agent(AgentError::Failed { code, .. }) => agent_code(*code),
+            PodError::Agent(AgentError::Connect(_)) | PodError::Stream(_) => Code::Unavailable,
+            PodError::Agent(AgentError::Version(_)) | PodError::Internal(_) => Code::Internal,
+        };
+        Status::new(code, error.to_string())
+    }
+}
+
+/// Codes of the agent that mean to our caller what they mean to us.
+fn agent_code(code: Code) -> Code {
+    match code {
+        Code::NotFound
+        | Code::FailedPrecondition
+        | Code::InvalidArgument
+        | Code::AlreadyExists
+        | Code::Unavailable => code,
+        _ => Code::Internal,
+    }
+}
+
+/// The parts that a pod is made of.
+pub struct Parts {
+    /// What is known of it.
+    pub state: State,
+    /// The guest's console.
+    pub console: Console,
+    /// Descriptors that wait for the request that names them.
+    pub fds: FdTable,
+    /// The pod's disk.
+    pub disk: SegmentMap,
+    /// Its writable segment.
+    pub scratch: agent::Segment,
+    /// Connects to a port of the guest.
+    pub dial: Dial,
+    /// Zero of the timeline, nanoseconds since the epoch.
+    pub requested_ns: u64,
+}
+
+/// The pod.
+pub struct Pod {
+    state: State,
+    console: Console,
+    fds: FdTable,
+    layers: Layers,
+    scratch: agent::Segment,
+    dial: Dial,
+    requested_ns: u64,
+    agent: watch::Sender<Option<Agent>>,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+    execs: Execs,
+    exec_slots: Arc<Semaphore>,
+    /// Serialises Configure.
+    configuring: tokio::sync::Mutex<()>,
+    /// Asks `vm.rs` to end the VM.
+    vm_kill: CancellationToken,
+    /// The VM is gone.
+    vm_gone: CancellationToken,
+    shutting_down: CancellationToken,
+    /// Shutdown is complete: the process may end.
+    finished: CancellationToken,
+}
+
+impl Pod {
+    /// A pod whose VM is about to boot.
+    pub fn new(parts: Parts) -> Arc<Self> {
+        Arc::new(Self {
+            state: parts.state,
+            console: parts.console,
+            fds: parts.fds,
+            layers: Layers::new(parts.disk),
+            scratch: parts.scratch,
+            dial: parts.dial,
+            requested_ns: parts.requested_ns,
+            agent: watch::Sender::new(None),
+            containers: Mutex::default(),
+            execs: Execs::default(),
+            exec_slots: Arc::new(Semaphore::new(MAX_EXECS)),
+            configuring: tokio::sync::Mutex::default(),
+            vm_kill: CancellationToken::new(),
+            vm_gone: CancellationToken::new(),
+            shutting_down: CancellationToken::new(),
+            finished: CancellationToken::new(),
+        })
+    }
+
+    /// What is known of the pod.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The guest's console.
+    pub fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// Cancelled when the VM shall end.
+    pub fn vm_kill(&self) -> &CancellationToken {
+        &self.vm_kill
+    }
+
+    /// Cancelled when [`Pod::shutdown`] is complete.
+    pub fn finished(&self) -> &CancellationToken {
+        &self.finished
+    }
+
+    /// Whether the end of the VM is wanted.
+    pub fn is_shutting_down(&self) -> bool {
+        self.shutting_down.is_cancelled()
+    }
+
+    /// Ends when the agent is there.
+    pub async fn agent_ready(&self) {
+        // Fails only when the sender is gone, and `self` holds it.
+        let _ = self.agent.subscribe().wait_for(Option::is_some).await;
+    }
+
+    /// Adds a phase to the timeline, from `start_ns` to `end_ns` (host clock).
+    pub fn add_phase(&self, phase: &str, start_ns: u64, end_ns: u64) {
+        let entry = TimelineEntry {
+            phase: phase.to_owned(),
+            start_ns: start_ns.saturating_sub(self.requested_ns),
+            end_ns: end_ns.saturating_sub(self.requested_ns),
+        };
+        self.state.update(|snapshot| snapshot.timeline.push(entry));
+    }
+
+    /// Sets the sandbox and its network once the agent is there.
+    pub async fn configure(&self, request: ConfigureRequest) -> Result<(), PodError> {
+        let _one_at_a_time = self.configuring.lock().await;
+        // The boot has its own deadline; an agent that was there and is gone is given some time.
+        let agent_lost = async {
+            self.state.wait_for(|s| !s.agent_version.is_empty()).await;
+            sleep(AGENT_RETURN).await;
+        };
+        tokio::select! {
+            () = self.agent_ready() => {}
+            () = self.vm_gone.cancelled() => {}
+            () = agent_lost => {}
+        }
+        match self.state.sandbox_state() {
+            SandboxState::Ready => return Ok(()),
+            SandboxState::Stopped => return Err(self.stopped_error()),
+            SandboxState::Booting => {}
+        }
+        let agent = self.any_agent()?;
+        let start_ns = now_ns();
+        let mut sandbox = request.sandbox.unwrap_or_default();
+        sandbox.scratch = Some(self.scratch);
+        sandbox.time_ns = start_ns;
+        let network = async {
+            match request.network {
+                Some(network) => agent.configure_network(network).await,
+                None => Ok(()),
+            }
+        };
+        tokio::try_join!(agent.configure_sandbox(sandbox), network)?;
+        self.add_phase("configure", start_ns, now_ns());
+        self.state.update(|snapshot| {
+            // The VM may have ended meanwhile.
+            if snapshot.state() == SandboxState::Booting {
+                snapshot.set_state(SandboxState::Ready);
+            }
+        });
+        info!("ready");
+        Ok(())
+    }
+
+    /// The VM is gone, for `reason` (one word).
+    pub async fn set_vm_gone(&self, reason: &str, message: String) {
+        info!(reason, message, "the VM is gone");
+        self.agent.send_replace(None);
+        self.execs.clear();
+        let containers: Vec<Arc<Container>> = self.containers().values().cloned().collect();
+        let drains = containers
+            .iter()
+            .filter_map(|container| container.take_pump());
+        // The device has closed the streams; what had arrived is on its way to the logs.
+        futures_util::future::join_all(drains.map(|pump| pump.drain_for(VM_GONE_DRAIN))).await;
+
+        let finished_ns = now_ns();
+        self.state.update(|snapshot| {
+            snapshot.set_state(SandboxState::Stopped);
+            reason.clone_into(&mut snapshot.reason);
+            message.clone_into(&mut snapshot.message);
+            for entry in &mut snapshot.containers {
+                if entry.state() == ContainerState::Exited {
+                    continue;
+                }
+                // One that had ended before keeps its own exit code.
+                let own = containers.iter().find(|container| container.id == entry.id);
+                match own.and_then(|container| container.exit_code()) {
+                    Some(code) => container::set_exited(entry, code, finished_ns),
+                    None => container::set_killed(entry, reason, finished_ns),
+                }
+            }
+        });
+        self.vm_gone.cancel();
+    }
+
+    /// The agent, when the pod is ready for containers.
+    fn agent(&self) -> Result<Agent, PodError> {
+        if self.shutting_down.is_cancelled() {
+            return Err(PodError::State("the sandbox is shutting down".to_owned()));
+        }
+        match self.state.sandbox_state() {
+            SandboxState::Booting => Err(PodError::State("the sandbox is not ready".to_owned())),
+            SandboxState::Stopped => Err(PodError::State("the sandbox is stopped".to_owned())),
+            SandboxState::Ready => self.any_agent(),
+        }
+    }
+
+    /// The agent, in any state of the sandbox.
+    fn any_agent(&self) -> Result<Agent, PodError> {
+        let unavailable = || AgentError::Failed {
+            code: Code::Unavailable,
+            message: "the agent's connection is broken".to_owned(),
+        };
+        Ok(self.agent.borrow().clone().ok_or_else(unavailable)?)
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
+        let found = self.containers().get(id).cloned();
+        found.ok_or_else(|| PodError::NotFound(id.to_owned()))
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+        // Whole entries are inserted and removed: a panic elsewhere leaves the map sound.
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For a caller that waited for a sandbox that never came up.
+    fn stopped_error(&self) -> PodError {
+        let Snapshot {
+            reason, message, ..
+        } = self.state.snapshot();
+        let text = format!("{reason}: {message}");
+        if reason == "BootTimeout" {
+            PodError::Deadline(text)
+        } else {
+            PodError::State(text)
+        }
+    }
+}
+
+impl Observer for Arc<Pod> {
+    fn connected(&self, agent: Agent, hello: &HelloResponse, dialled_ns: u64) {
+        self.state.update(|snapshot| {
+            hello.agent_version.clone_into(&mut snapshot.agent_version);
+            hello
+                .kernel_release
+                .clone_into(&mut snapshot.kernel_release);
+            snapshot.guest_memory_total_bytes = hello.memory_total_bytes;
+            snapshot.guest_memory_available_bytes = hello.memory_available_bytes;
+            let ready_ns = dialled_ns.saturating_sub(self.requested_ns);
+            complete_boot_timeline(snapshot, hello, ready_ns);
+        });
+        info!(version = hello.agent_version, "the agent is there");
+        self.agent.send_replace(Some(agent));
+    }
+
+    fn disconnected(&self) {
+        self.agent.send_replace(None);
+    }
+
+    fn event(&self, event: Event) {
+        match event.kind {
+            Some(event::Kind::Exit(exit)) if exit.exec_id.is_empty() => {
+                container::on_exit(self, &exit);
+            }
+            Some(event::Kind::Exit(exit)) => self.execs.on_exit(&exit),
+            Some(event::Kind::OutOfMemory(event)) => {
+                if let Some(container) = self.containers().get(&event.container_id) {
+                    warn!(container = container.id, "out of memory in the guest");
+                    container.set_out_of_memory();
+                }
+            }
+            None => debug!("an event of a kind that is not known here"),
+        }
+    }
+}
+
+/// Name of the phase from QEMU's start to the first instruction of the guest's kernel.
+pub const PHASE_VM_START: &str = "vm start";
+
+/// The phase after it.
+const PHASE_GUEST_KERNEL: &str = "guest kernel";
+
+/// Splits the time from the VM's start to the agent's readiness (`ready_ns`, on the timeline) by the
+/// guest's own clock, which started with its kernel. The guest may say anything: phases stay in
+/// order and within that time. Does nothing the second time.
+fn complete_boot_timeline(snapshot: &mut Snapshot, hello: &HelloResponse, ready_ns: u64) {
+    let mut phases = snapshot.timeline.iter();
+    if phases.any(|entry| entry.phase == PHASE_GUEST_KERNEL) {
+        return;
+    }
+    let mut phases = snapshot.timeline.iter_mut();
+    let Some(vm_start) = phases.find(|entry| entry.phase == PHASE_VM_START) else {
+        return;
+    };
+    let longest = ready_ns.saturating_sub(vm_start.start_ns);
+    let ready = hello.ready_ns.min(longest);
+    let init_started = hello.init_started_ns.min(ready);
+    let kernel_start_ns = ready_ns - ready;
+    let init_ns = kernel_start_ns + init_started;
+    vm_start.end_ns = kernel_start_ns;
+    for (phase, start_ns, end_ns) in [
+        (PHASE_GUEST_KERNEL, kernel_start_ns, init_ns),
+        ("agent", init_ns, ready_ns),
+    ] {
+        snapshot.timeline.push(TimelineEntry {
+            phase: phase.to_owned(),
+            start_ns,
+            end_ns,
+        });
+    }
+}

@@ -1,0 +1,76 @@
+//! Shutdown: the end of the pod.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use podvisor_proto::monitor::{ContainerState, Snapshot};
+use tokio::time::timeout;
+use tracing::{error, info, warn};
+
+use super::Pod;
+
+/// How long a guest that was asked to power off may take.
+const POWER_OFF_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How long the VMM may take to die.
+const VM_KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+impl Pod {
+    /// Ends the pod and returns its last state, which is then also in the state file. Callers after
+    /// the first wait for the first one's end.
+    pub async fn shutdown(self: &Arc<Self>, grace: Duration) -> Snapshot {
+        if !self.shutting_down.is_cancelled() {
+            self.shutting_down.cancel();
+            tokio::spawn(Arc::clone(self).end(grace));
+        }
+        self.finished.cancelled().await;
+        self.state.snapshot()
+    }
+
+    async fn end(self: Arc<Self>, grace: Duration) {
+        info!(?grace, "shutting down");
+        self.stop_containers(grace).await;
+        if !self.vm_gone.is_cancelled() {
+            self.end_vm().await;
+        }
+        if let Err(error) = self.state.saved().await {
+            error!(%error, "the last state is not in its file");
+        }
+        self.finished.cancel();
+    }
+
+    async fn stop_containers(&self, grace: Duration) {
+        let running: Vec<String> = self.state.read(|snapshot| {
+            let containers = snapshot.containers.iter();
+            containers
+                .filter(|container| container.state() == ContainerState::Running)
+                .map(|container| container.id.clone())
+                .collect()
+        });
+        let stops = running.iter().map(|id| async move {
+            if let Err(error) = self.stop(id, libc::SIGTERM as u32, grace).await {
+                warn!(container = id, %error, "ends with the VM");
+            }
+        });
+        futures_util::future::join_all(stops).await;
+    }
+
+    /// Lets the guest power itself off, then kills the VM in any case.
+    async fn end_vm(&self) {
+        if let Ok(agent) = self.any_agent() {
+            // Without an answer there is still the kill.
+            let asked = agent.shutdown().await;
+            info!(?asked, "asked the guest to power off");
+            let _ = timeout(POWER_OFF_DEADLINE, self.vm_gone.cancelled()).await;
+        }
+        self.vm_kill.cancel();
+        if timeout(VM_KILL_DEADLINE, self.vm_gone.cancelled())
+            .await
+            .is_err()
+        {
+            error!("the VMM does not die");
+            self.set_vm_gone("Shutdown", "the VMM does not die".to_owned())
+                .await;
+        }
+    }
+}

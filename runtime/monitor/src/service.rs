@@ -1,0 +1,170 @@
+//! The gRPC service: requests in, [`Pod`] does it, snapshots out.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use podvisor_proto::monitor::monitor_server::Monitor;
+use podvisor_proto::monitor::{
+    ConfigureRequest, ConfigureResponse, ConsoleChunk, ConsoleRequest, CreateContainerRequest,
+    CreateContainerResponse, ExecSyncRequest, ExecSyncResponse, RemoveContainerRequest,
+    RemoveContainerResponse, ReopenLogRequest, ReopenLogResponse, ShutdownRequest,
+    ShutdownResponse, Snapshot, StartContainerRequest, StartContainerResponse,
+    StopContainerRequest, StopContainerResponse, WatchRequest,
+};
+use tokio_stream::wrappers::WatchStream;
+use tokio_util::sync::CancellationToken;
+use tonic::codegen::BoxStream;
+use tonic::{Request, Response, Status};
+
+use crate::pod::{Pod, PodError};
+
+/// Serves one pod.
+pub struct Service {
+    pod: Arc<Pod>,
+}
+
+impl Service {
+    /// A service for `pod`.
+    pub fn new(pod: Arc<Pod>) -> Self {
+        Self { pod }
+    }
+
+    /// Runs a request that must not be left half done when its caller goes away, and returns the
+    /// state after it.
+    async fn to_the_end<F>(&self, request: F) -> Result<Option<Snapshot>, Status>
+    where
+        F: Future<Output = Result<(), PodError>> + Send + 'static,
+    {
+        detached(request).await??;
+        Ok(Some(self.pod.state().snapshot()))
+    }
+}
+
+/// Runs `work` as a task of its own: it goes on when the caller goes away.
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T, PodError> {
+    let task = tokio::spawn(work).await;
+    task.map_err(|panic| PodError::Internal(panic.to_string()))
+}
+
+#[tonic::async_trait]
+impl Monitor for Service {
+    async fn watch(
+        &self,
+        _request: Request<WatchRequest>,
+    ) -> Result<Response<BoxStream<Snapshot>>, Status> {
+        let state = self.pod.state().clone();
+        let finished = self.pod.finished().clone();
+        let last = futures_util::stream::once(async move { state.snapshot() });
+        let snapshots = WatchStream::new(self.pod.state().subscribe())
+            .take_until(finished.cancelled_owned())
+            .chain(last);
+        Ok(Response::new(Box::pin(snapshots.map(Ok))))
+    }
+
+    async fn configure(
+        &self,
+        request: Request<ConfigureRequest>,
+    ) -> Result<Response<ConfigureResponse>, Status> {
+        let pod = Arc::clone(&self.pod);
+        let work = Box::pin(async move { pod.configure(request.into_inner()).await });
+        let snapshot = self.to_the_end(work).await?;
+        Ok(Response::new(ConfigureResponse { snapshot }))
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<CreateContainerRequest>,
+    ) -> Result<Response<CreateContainerResponse>, Status> {
+        let pod = Arc::clone(&self.pod);
+        let work = async move { pod.create(request.into_inner()).await };
+        let snapshot = self.to_the_end(work).await?;
+        Ok(Response::new(CreateContainerResponse { snapshot }))
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<StartContainerRequest>,
+    ) -> Result<Response<StartContainerResponse>, Status> {
+        let pod = Arc::clone(&self.pod);
+        let work = async move { pod.start(&request.into_inner().id).await };
+        let snapshot = self.to_the_end(work).await?;
+        Ok(Response::new(StartContainerResponse { snapshot }))
+    }
+
+    async fn stop_container(
+        &self,
+        request: Request<StopContainerRequest>,
+    ) -> Result<Response<StopContainerResponse>, Status> {
+        let StopContainerRequest {
+            id,
+            signal,
+            grace_ms,
+        } = request.into_inner();
+        // Ends with its caller: SIGKILL is not for who no longer asks for it.
+        self.pod
+            .stop(&id, signal, Duration::from_millis(grace_ms))
+            .await?;
+        let snapshot = Some(self.pod.state().snapshot());
+        Ok(Response::new(StopContainerResponse { snapshot }))
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<RemoveContainerRequest>,
+    ) -> Result<Response<RemoveContainerResponse>, Status> {
+        let pod = Arc::clone(&self.pod);
+        let work = async move { pod.remove(&request.into_inner().id).await };
+        let snapshot = self.to_the_end(work).await?;
+        Ok(Response::new(RemoveContainerResponse { snapshot }))
+    }
+
+    async fn reopen_log(
+        &self,
+        request: Request<ReopenLogRequest>,
+    ) -> Result<Response<ReopenLogResponse>, Status> {
+        let ReopenLogRequest { id, log_fd_token } = request.into_inner();
+        self.pod.reopen_log(&id, &log_fd_token).await?;
+        Ok(Response::new(ReopenLogResponse {}))
+    }
+
+    async fn exec_sync(
+        &self,
+        request: Request<ExecSyncRequest>,
+    ) -> Result<Response<ExecSyncResponse>, Status> {
+        let pod = Arc::clone(&self.pod);
+        let caller_gone = CancellationToken::new();
+        // Dropped with this future when the caller goes away: the task then kills the command.
+        let _told_on_drop = caller_gone.clone().drop_guard();
+        let work = async move { pod.exec_sync(request.into_inner(), caller_gone).await };
+        Ok(Response::new(detached(work).await??))
+    }
+
+    async fn console(
+        &self,
+        request: Request<ConsoleRequest>,
+    ) -> Result<Response<BoxStream<ConsoleChunk>>, Status> {
+        let finished = self.pod.finished().clone();
+        let chunks = self.pod.console().read(request.into_inner().follow);
+        let chunks = chunks.take_until(finished.cancelled_owned());
+        let answers = chunks.map(|data| {
+            Ok(ConsoleChunk {
+                data: data.to_vec(),
+            })
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn shutdown(
+        &self,
+        request: Request<ShutdownRequest>,
+    ) -> Result<Response<ShutdownResponse>, Status> {
+        let grace = Duration::from_millis(request.into_inner().grace_ms);
+        // The work is a task of its own already.
+        let snapshot = Some(self.pod.shutdown(grace).await);
+        Ok(Response::new(ShutdownResponse { snapshot }))
+    }
+}

@@ -1,0 +1,163 @@
+//! The VM's life: start, boot with a deadline, end.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use podvisor_vmm::qemu::{self, Accel, QemuConfig, TscMeter};
+use podvisor_vmm::{ExitReason, VmConfig};
+use tokio::time::{Instant, timeout_at};
+
+use crate::pod::{PHASE_VM_START, Pod};
+use crate::state::now_ns;
+
+/// What every guest's kernel is told:
+/// - its console, where only warnings go, is the serial port;
+/// - a panic, as a reset by the triple fault, ends the VM at once;
+/// - the CPU's random numbers will do, for there is no other source;
+/// - no checks of hardware that is not there, no switch of code for one CPU and back;
+/// - waits for RCU are short: the guest's start has many, and nobody else to disturb.
+const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on \
+     no_timer_check noreplace-smp rcupdate.rcu_expedited=1";
+
+/// The kernel's words when it dies.
+const PANIC_MARK: &str = "Kernel panic - not syncing";
+
+/// QEMU, as podvisord wants it.
+///
+/// # Errors
+/// The accelerator's name is not known.
+pub fn qemu_config(binary: &str, accel: &str) -> io::Result<QemuConfig> {
+    let accel = match accel {
+        "kvm" => Accel::Kvm,
+        "tcg" => Accel::Tcg,
+        other => {
+            let text = format!("unknown accelerator {other:?}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+    };
+    Ok(QemuConfig {
+        binary: PathBuf::from(binary),
+        accel,
+    })
+}
+
+/// The kernel's command line: ours, what `accel` needs, and `more`, which wins.
+pub fn kernel_cmdline(accel: Accel, tsc: TscMeter, more: &str) -> String {
+    // podvisord may have measured the clock's rate once for all.
+    let measured = more.contains("tsc_early_khz=");
+    let clock = match accel {
+        Accel::Tcg if !measured => tsc.tcg_cmdline(),
+        Accel::Tcg | Accel::Kvm => String::new(),
+    };
+    [KERNEL_CMDLINE, &clock, more]
+        .join(" ")
+        .trim_end()
+        .to_owned()
+}
+
+/// Starts the VM, waits for its end, and records why it ended. Has to run on the main thread: the
+/// kernel kills QEMU when the thread that started it ends.
+pub async fn run(pod: Arc<Pod>, config: VmConfig, qemu: QemuConfig, boot_timeout: Duration) {
+    let (reason, message) = live(&pod, config, qemu, boot_timeout).await;
+    pod.set_vm_gone(reason, message).await;
+}
+
+/// One word and a sentence about the end.
+async fn live(
+    pod: &Pod,
+    config: VmConfig,
+    qemu: QemuConfig,
+    boot_timeout: Duration,
+) -> (&'static str, String) {
+    let boot_deadline = Instant::now() + boot_timeout;
+    let start_ns = now_ns();
+    // Its end is corrected by the guest's own clock, once the agent is there.
+    let started = tokio::select! {
+        started = timeout_at(boot_deadline, qemu::start(config, qemu)) => started,
+        () = pod.vm_kill().cancelled() => return ("Shutdown", String::new()),
+    };
+    let mut vm = match started {
+        Ok(Ok(vm)) => vm,
+        Ok(Err(error)) => {
+            let message = with_console(pod, &format!("the VM did not start: {error}")).await;
+            return ("VmmExited", message);
+        }
+        Err(_) => return ("BootTimeout", boot_timeout_message(boot_timeout)),
+    };
+    pod.add_phase(PHASE_VM_START, start_ns, now_ns());
+    let vmm_pid = vm.pid().unwrap_or_default();
+    pod.state().update(|snapshot| snapshot.vmm_pid = vmm_pid);
+    tracing::info!(vmm_pid, backend = vm.backend(), "the VM runs");
+
+    let booted = async {
+        tokio::select! {
+            booted = timeout_at(boot_deadline, pod.agent_ready()) => booted.is_ok(),
+            () = pod.vm_kill().cancelled() => true,
+        }
+    };
+    tokio::select! {
+        exit = vm.exited() => return exit_reason(pod, exit).await,
+        booted = booted => if !booted {
+            vm.kill().await;
+            let message = with_console(pod, &boot_timeout_message(boot_timeout)).await;
+            return ("BootTimeout", message);
+        }
+    }
+    tokio::select! {
+        exit = vm.exited() => exit_reason(pod, exit).await,
+        () = pod.vm_kill().cancelled() => {
+            vm.kill().await;
+            ("Shutdown", String::new())
+        }
+    }
+}
+
+async fn exit_reason(pod: &Pod, exit: ExitReason) -> (&'static str, String) {
+    if pod.is_shutting_down() {
+        return ("Shutdown", String::new());
+    }
+    let message = with_console(pod, &exit.to_string()).await;
+    let panicked = exit == ExitReason::GuestPanic || message.contains(PANIC_MARK);
+    let reason = match exit {
+        _ if panicked => "GuestPanic",
+        ExitReason::GuestShutdown | ExitReason::GuestReset => "GuestExited",
+        _ => "VmmExited",
+    };
+    (reason, message)
+}
+
+fn boot_timeout_message(boot_timeout: Duration) -> String {
+    format!("the guest was not ready within {boot_timeout:?}")
+}
+
+/// `message` and the guest's last words.
+async fn with_console(pod: &Pod, message: &str) -> String {
+    let tail = pod.console().tail_at_end().await;
+    if tail.is_empty() {
+        return format!("{message}; its console is empty");
+    }
+    format!("{message}; its console ends with:\n{tail}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line() {
+        let line = |accel, more| kernel_cmdline(accel, TscMeter::start(), more);
+        assert_eq!(line(Accel::Kvm, ""), KERNEL_CMDLINE);
+        assert!(line(Accel::Tcg, "loglevel=7").contains(" tsc_early_khz="));
+        assert!(line(Accel::Tcg, "loglevel=7").ends_with(" loglevel=7"));
+        let measured = line(Accel::Tcg, "tsc_early_khz=1");
+        assert_eq!(measured.matches("tsc_early_khz").count(), 1);
+    }
+
+    #[test]
+    fn accelerators() {
+        assert_eq!(qemu_config("/q", "tcg").expect("known").accel, Accel::Tcg);
+        assert!(qemu_config("/q", "hax").is_err());
+    }
+}

@@ -1,0 +1,5 @@
+//! The virtio devices that podvisor owns, one folder each, all of the same shape: `device.rs` moves requests between
+//! the queues and the parts beside it, which know nothing of queues.
+
+pub mod disk;
+pub mod vsock;

@@ -1,0 +1,3 @@
+//! KVM in this process. So far: [`probe`], whether the host's KVM can run a stock kernel at all.
+
+pub mod probe;

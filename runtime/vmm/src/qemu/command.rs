@@ -1,0 +1,138 @@
+//! QEMU's command line.
+//!
+//! QEMU opens no path of ours: everything is a file descriptor that it inherits, under the number it has in this
+//! process.
+
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+
+use super::Accel;
+use crate::vm::VmConfig;
+
+/// Our ends of the connections are in the caller's hands; these go to QEMU.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    pub control: OwnedFd,
+    pub disk: OwnedFd,
+    pub vsock: OwnedFd,
+}
+
+/// The arguments, and the descriptors that they name.
+#[derive(Debug, Default)]
+pub(super) struct Arguments {
+    pub arguments: Vec<String>,
+    pub descriptors: Vec<RawFd>,
+}
+
+impl Arguments {
+    fn add<const N: usize>(&mut self, arguments: [&str; N]) {
+        self.arguments.extend(arguments.map(str::to_owned));
+    }
+
+    /// Names a descriptor in an argument.
+    fn pass(&mut self, fd: BorrowedFd<'_>) -> RawFd {
+        self.descriptors.push(fd.as_raw_fd());
+        fd.as_raw_fd()
+    }
+}
+
+/// The command line for `config`, which is valid.
+pub(super) fn arguments(config: &VmConfig, accel: Accel, sockets: &Sockets) -> Arguments {
+    use std::os::fd::AsFd as _;
+
+    let mut args = Arguments::default();
+    let mebibytes = config.memory_bytes >> 20;
+    args.add(["-name", &format!("podvisor-{}", config.id)]);
+    args.add([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
+    args.add([
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    ]);
+
+    // No ACPI, PCI or USB to probe; no firmware menus. The real-time clock stays: under TCG it is the guest's only
+    // source of wall time.
+    args.add([
+        "-M",
+        "microvm,acpi=off,pcie=off,usb=off,x-option-roms=off,memory-backend=memory",
+    ]);
+    match accel {
+        Accel::Kvm => args.add(["-accel", "kvm", "-cpu", "host"]),
+        // One CPU needs no locks between translated blocks of several.
+        Accel::Tcg if config.vcpus == 1 => args.add(["-accel", "tcg,thread=single", "-cpu", "max"]),
+        Accel::Tcg => args.add(["-accel", "tcg,thread=multi", "-cpu", "max"]),
+    }
+    args.add([
+        "-smp",
+        &config.vcpus.to_string(),
+        "-m",
+        &format!("{mebibytes}M"),
+    ]);
+    // Shared, so that our devices map it.
+    args.add([
+        "-object",
+        &format!("memory-backend-memfd,id=memory,size={mebibytes}M,share=on"),
+    ]);
+    // The devices take virtio-mmio slots; the guest learns of them from its command line.
+    args.add(["-global", "virtio-mmio.force-legacy=false"]);
+
+    let kernel = args.pass(config.kernel.as_fd());
+    let initramfs = args.pass(config.initramfs.as_fd());
+    args.add([
+        "-kernel",
+        &format!("/proc/self/fd/{kernel}"),
+        "-initrd",
+        &format!("/proc/self/fd/{initramfs}"),
+    ]);
+    args.add(["-append", &config.cmdline]);
+
+    let control = args.pass(sockets.control.as_fd());
+    args.add([
+        "-chardev",
+        &format!("socket,id=control,fd={control}"),
+        "-mon",
+        "chardev=control,mode=control",
+    ]);
+
+    let console = args.pass(config.console.as_fd());
+    args.add(["-add-fd", &format!("fd={console},set=1")]);
+    // Opened to append: otherwise QEMU would truncate it, which a pipe refuses.
+    args.add([
+        "-chardev",
+        "file,id=console,path=/dev/fdset/1,append=on",
+        "-serial",
+        "chardev:console",
+    ]);
+
+    let disk = args.pass(sockets.disk.as_fd());
+    args.add(["-chardev", &format!("socket,id=disk,fd={disk}")]);
+    args.add([
+        "-device",
+        "vhost-user-blk,chardev=disk,queue-size=256,config-wce=off",
+    ]);
+
+    let vsock = args.pass(sockets.vsock.as_fd());
+    args.add(["-chardev", &format!("socket,id=vsock,fd={vsock}")]);
+    args.add(["-device", "vhost-user-vsock-device,chardev=vsock"]);
+
+    args.add([
+        "-object",
+        "rng-builtin,id=rng",
+        "-device",
+        "virtio-rng-device,rng=rng",
+    ]);
+
+    if let Some(net) = &config.net {
+        let tap = args.pass(net.tap.as_fd());
+        args.add(["-netdev", &format!("tap,id=net,fd={tap}")]);
+        args.add([
+            "-device",
+            &format!("virtio-net-device,netdev=net,mac={}", net.mac),
+        ]);
+    }
+    args
+}

@@ -1,0 +1,255 @@
+//! The QEMU backend: `-M microvm` in a child process, our devices over vhost-user.
+//!
+//! - `command`: the command line
+//! - `process`: the child
+//! - `qmp`: its control socket
+//! - `tsc`: what a guest under TCG must be told of the host's clock
+//!
+//! The child dies with this process, is always reaped, and its end is pushed, never polled.
+
+mod command;
+mod process;
+mod qmp;
+mod tsc;
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+
+use nix::sys::stat::fstat;
+use thiserror::Error;
+use tracing::debug;
+
+use crate::device::VirtioDevice;
+use crate::devices::disk::SegmentDisk;
+use crate::vhost_user;
+use crate::vm::{BoxFuture, ExitReason, VmConfig, Vmm};
+use command::Sockets;
+use process::Process;
+use qmp::Qmp;
+
+pub use tsc::TscMeter;
+
+/// What executes the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accel {
+    /// The kernel's virtualisation.
+    Kvm,
+    /// Translation in QEMU.
+    Tcg,
+}
+
+/// How to run QEMU.
+#[derive(Debug, Clone)]
+pub struct QemuConfig {
+    /// `qemu-system-x86_64`, absolute.
+    pub binary: PathBuf,
+    /// What executes the guest's instructions.
+    pub accel: Accel,
+}
+
+/// Why a VM did not start.
+#[derive(Debug, Error)]
+pub enum QemuError {
+    /// The VM as asked for cannot be.
+    #[error("{0}")]
+    Config(String),
+    /// QEMU cannot be executed.
+    #[error("cannot run {}: {source}", binary.display())]
+    Spawn {
+        /// The binary.
+        binary: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// QEMU ended before the VM ran.
+    #[error("QEMU ended at once ({status}): {stderr}")]
+    Exited {
+        /// How it ended.
+        status: ExitStatus,
+        /// The last of what it wrote to standard error.
+        stderr: String,
+    },
+    /// QEMU's control socket broke or did not answer.
+    #[error("QEMU's control socket: {0}")]
+    Control(#[source] io::Error),
+    /// The host refused a resource.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl QemuError {
+    fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+}
+
+/// Least guest memory: the kernel and its initramfs unpacked, with nothing to spare.
+const MIN_MEMORY_BYTES: u64 = 64 << 20;
+
+/// What `-M microvm` takes.
+const MAX_VCPUS: u32 = 288;
+
+/// Starts a VM; returns when QEMU has set it up and the guest runs.
+///
+/// Must be called on a thread that lives as long as the VM (that of a single-threaded runtime): the kernel kills QEMU
+/// when the thread that forked it ends, which is how the VM ends with this process however that ends.
+///
+/// # Errors
+/// Nothing is left behind: QEMU is gone and so are the threads of the devices.
+pub async fn start(config: VmConfig, qemu: QemuConfig) -> Result<Box<dyn Vmm>, QemuError> {
+    check(&config)?;
+    let (control, qemu_control) = UnixStream::pair().map_err(QemuError::host("control socket"))?;
+    control
+        .set_nonblocking(true)
+        .map_err(QemuError::host("control socket"))?;
+    let control =
+        tokio::net::UnixStream::from_std(control).map_err(QemuError::host("control socket"))?;
+    let (disk, qemu_disk) = UnixStream::pair().map_err(QemuError::host("disk's socket"))?;
+    let (vsock, qemu_vsock) = UnixStream::pair().map_err(QemuError::host("vsock's socket"))?;
+
+    let sockets = Sockets {
+        control: qemu_control.into(),
+        disk: qemu_disk.into(),
+        vsock: qemu_vsock.into(),
+    };
+    let arguments = command::arguments(&config, qemu.accel, &sockets);
+    debug!(arguments = arguments.arguments.join(" "), "starting QEMU");
+    let mut process =
+        Process::spawn(&qemu.binary, &arguments).map_err(|source| QemuError::Spawn {
+            binary: qemu.binary.clone(),
+            source,
+        })?;
+    // QEMU has its own copies. When it ends, ours of the other ends tell.
+    drop(sockets);
+
+    // The threads end when QEMU does, also when a later step here fails.
+    serve("virtio-disk", Box::new(SegmentDisk::new(config.disk)), disk)?;
+    serve("virtio-vsock", Box::new(config.vsock), vsock)?;
+
+    match Qmp::connect(control).await {
+        Ok(qmp) => Ok(Box::new(Qemu {
+            process,
+            qmp,
+            killed: false,
+        })),
+        Err(error) => {
+            // Either QEMU has ended, which says more than the broken socket, or it is stuck.
+            let stuck = error.kind() == io::ErrorKind::TimedOut;
+            if stuck {
+                process.kill();
+            }
+            let (status, stderr) = process.ended().await;
+            Err(if stuck {
+                QemuError::Control(error)
+            } else {
+                QemuError::Exited { status, stderr }
+            })
+        }
+    }
+}
+
+fn serve(
+    name: &'static str,
+    device: Box<dyn VirtioDevice>,
+    socket: UnixStream,
+) -> Result<(), QemuError> {
+    vhost_user::serve(name, device, socket)
+        .map(drop)
+        .map_err(QemuError::host(name))
+}
+
+fn check(config: &VmConfig) -> Result<(), QemuError> {
+    let wrong = |message: String| Err(QemuError::Config(message));
+    if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
+        return wrong(format!(
+            "{} virtual CPUs: from 1 to {MAX_VCPUS} are possible",
+            config.vcpus
+        ));
+    }
+    if config.memory_bytes < MIN_MEMORY_BYTES || !config.memory_bytes.is_multiple_of(1 << 20) {
+        return wrong(format!(
+            "{} bytes of memory: at least {MIN_MEMORY_BYTES} and whole mebibytes are needed",
+            config.memory_bytes
+        ));
+    }
+    // Commas and spaces have a meaning in QEMU's options.
+    let plain =
+        |text: &str, also: char| text.chars().all(|c| c.is_ascii_alphanumeric() || c == also);
+    if !plain(&config.id, '-') {
+        return wrong(format!(
+            "a VM's id has letters, digits and dashes: {:?}",
+            config.id
+        ));
+    }
+    if let Some(net) = &config.net
+        && !plain(&net.mac, ':')
+    {
+        return wrong(format!("not a MAC address: {:?}", net.mac));
+    }
+    check_image("kernel", &config.kernel)?;
+    check_image("initramfs", &config.initramfs)
+}
+
+fn check_image(what: &str, image: &OwnedFd) -> Result<(), QemuError> {
+    match fstat(image.as_fd()) {
+        Ok(stat) if stat.st_mode & libc::S_IFMT != libc::S_IFREG => Err(QemuError::Config(
+            format!("the {what} is not a regular file"),
+        )),
+        Ok(stat) if stat.st_size == 0 => Err(QemuError::Config(format!("the {what} is empty"))),
+        Ok(_) => Ok(()),
+        Err(error) => Err(QemuError::Config(format!(
+            "the {what} cannot be used: {error}"
+        ))),
+    }
+}
+
+/// A VM in a QEMU.
+struct Qemu {
+    process: Process,
+    qmp: Qmp,
+    killed: bool,
+}
+
+impl Vmm for Qemu {
+    fn pid(&self) -> Option<u32> {
+        self.process.pid()
+    }
+
+    fn backend(&self) -> &'static str {
+        "qemu"
+    }
+
+    fn exited(&mut self) -> BoxFuture<'_, ExitReason> {
+        Box::pin(async {
+            let (status, stderr) = self.process.ended().await;
+            if self.killed {
+                return ExitReason::Killed;
+            }
+            match self.qmp.ended().await.as_deref() {
+                Some("guest-shutdown") => ExitReason::GuestShutdown,
+                Some("guest-reset") => ExitReason::GuestReset,
+                Some("guest-panic") => ExitReason::GuestPanic,
+                _ => ExitReason::VmmExited { status, stderr },
+            }
+        })
+    }
+
+    fn kill(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            // A guest that was faster keeps its own reason.
+            if self.process.pid().is_some() {
+                self.killed = true;
+                self.process.kill();
+            }
+            self.process.ended().await;
+        })
+    }
+}

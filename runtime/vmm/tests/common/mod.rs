@@ -1,0 +1,204 @@
+//! A VM with the tests' own init in it.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use podvisor_vmm::qemu::{self, Accel, QemuConfig, TscMeter};
+use podvisor_vmm::{SegmentMap, VmConfig, Vmm, VsockDevice, VsockHandle};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+
+/// For anything a guest is waited for; it is slow when the machine is busy.
+pub const PATIENCE: Duration = Duration::from_mins(1);
+
+/// What the tests need that is not in the repository; prints what is missing.
+pub fn prerequisites() -> Option<(PathBuf, PathBuf)> {
+    let kernel = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest/vmlinux");
+    for path in [Path::new(QEMU), &kernel] {
+        if !path.exists() {
+            println!("SKIPPED: {} is not there", path.display());
+            return None;
+        }
+    }
+    Some((QEMU.into(), kernel))
+}
+
+/// A running VM and the connection that its init has dialled.
+pub struct Guest {
+    pub vmm: Box<dyn Vmm>,
+    pub disk: SegmentMap,
+    pub vsock: VsockHandle,
+    pub control: BufReader<UnixStream>,
+    /// What the guest writes to its console.
+    pub console: std::io::PipeReader,
+}
+
+impl Guest {
+    /// Boots a VM. `None`: a prerequisite is not there.
+    pub async fn boot() -> Option<Self> {
+        Self::boot_with(|_| ()).await
+    }
+
+    /// Boots a VM that `change` has changed.
+    pub async fn boot_with(change: impl FnOnce(&mut VmConfig)) -> Option<Self> {
+        let (binary, kernel) = prerequisites()?;
+        // Shown when a test fails. There may be one already: another test's.
+        let _ = tracing_subscriber::fmt()
+            .with_env_filter("podvisor_vmm=debug")
+            .with_test_writer()
+            .try_init();
+        let (mut config, vsock, console) = config(&kernel);
+        change(&mut config);
+        let mut control = vsock.listen(1024);
+        let disk = config.disk.clone();
+        let vmm = qemu::start(
+            config,
+            QemuConfig {
+                binary,
+                accel: Accel::Tcg,
+            },
+        )
+        .await
+        .unwrap();
+        let dialled = timeout(PATIENCE, control.accept()).await;
+        let Ok(Some(control)) = dialled else {
+            panic!(
+                "the guest does not dial: {}",
+                last_words(vmm, console).await
+            )
+        };
+        Some(Self {
+            vmm,
+            disk,
+            vsock,
+            control: BufReader::new(control),
+            console,
+        })
+    }
+
+    /// Sends a command and returns the line that answers it.
+    pub async fn command(&mut self, command: &str) -> String {
+        self.tell(command).await;
+        let mut answer = String::new();
+        timeout(PATIENCE, self.control.read_line(&mut answer))
+            .await
+            .expect("no answer")
+            .unwrap();
+        answer.trim_end().to_owned()
+    }
+
+    /// Sends a command.
+    pub async fn tell(&mut self, command: &str) {
+        self.control
+            .write_all(format!("{command}\n").as_bytes())
+            .await
+            .unwrap();
+    }
+
+    /// Reads from a partition.
+    pub async fn read(&mut self, partition: u32, offset: u64, length: usize) -> Vec<u8> {
+        self.tell(&format!("read {partition} {offset} {length}"))
+            .await;
+        let mut content = vec![0; length];
+        timeout(PATIENCE, self.control.read_exact(&mut content))
+            .await
+            .expect("no data")
+            .unwrap();
+        content
+    }
+
+    /// Ends the VM and returns what the console says from the beginning on.
+    pub async fn last_words(self) -> String {
+        last_words(self.vmm, self.console).await
+    }
+}
+
+async fn last_words(mut vmm: Box<dyn Vmm>, mut console: std::io::PipeReader) -> String {
+    vmm.kill().await;
+    let mut text = Vec::new();
+    console.read_to_end(&mut text).unwrap();
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+/// A VM with 128 MiB and one CPU.
+pub fn config(kernel: &Path) -> (VmConfig, VsockHandle, std::io::PipeReader) {
+    let (console, console_in) = std::io::pipe().unwrap();
+    let (device, vsock) = VsockDevice::new(3).unwrap();
+    let config = VmConfig {
+        id: "test".into(),
+        vcpus: 1,
+        memory_bytes: 128 << 20,
+        kernel: File::open(kernel).unwrap().into(),
+        initramfs: initramfs(),
+        cmdline: format!(
+            "console=ttyS0 quiet reboot=t panic=-1 random.trust_cpu=on no_timer_check {}",
+            TscMeter::start().tcg_cmdline()
+        ),
+        net: None,
+        disk: SegmentMap::new(),
+        vsock: device,
+        console: console_in.into(),
+    };
+    (config, vsock, console)
+}
+
+/// An initramfs with `tests/guest/init.c` as its init, built once.
+fn initramfs() -> OwnedFd {
+    static INIT: OnceLock<Vec<u8>> = OnceLock::new();
+    let init = INIT.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/init.c");
+        let binary = dir.path().join("init");
+        let built = Command::new("cc")
+            .args(["-static", "-Os", "-Wall", "-o"])
+            .arg(&binary)
+            .arg(source)
+            .status();
+        assert!(built.unwrap().success());
+        fs::read(binary).unwrap()
+    });
+    let mut archive = Vec::new();
+    add_entry(&mut archive, "dev", 0o040_755, &[]);
+    add_entry(&mut archive, "init", 0o100_755, init);
+    add_entry(&mut archive, "TRAILER!!!", 0, &[]);
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&archive).unwrap();
+    file.rewind().unwrap();
+    file.into()
+}
+
+/// One entry of a cpio archive (the kernel's Documentation/driver-api/early-userspace/buffer-format.rst).
+fn add_entry(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
+    let fields = [
+        0,
+        mode,
+        0,
+        0,
+        1,
+        0,
+        content.len() as u32,
+        0,
+        0,
+        0,
+        0,
+        name.len() as u32 + 1,
+        0,
+    ];
+    archive.extend_from_slice(b"070701");
+    for field in fields {
+        archive.extend_from_slice(format!("{field:08x}").as_bytes());
+    }
+    archive.extend_from_slice(name.as_bytes());
+    archive.push(0);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    archive.extend_from_slice(content);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+}

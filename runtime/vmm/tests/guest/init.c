@@ -1,0 +1,193 @@
+// PID 1 of the VMs that the tests boot. It dials the host's port 1024, does what the lines that come from there say,
+// and echoes every connection to its own port 1025.
+//
+//   partition N START LENGTH    ok | errno
+//   read N OFFSET LENGTH        that many bytes, or fewer and the connection ends
+//   write N OFFSET LENGTH BYTE  ok | errno (written and synced)
+//   discard N OFFSET LENGTH     ok | errno
+//   dial PORT                   ok | errno
+//   mac                         eth0's address | errno
+//   reboot
+//   panic
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/blkpg.h>
+#include <linux/fs.h>
+#include <linux/vm_sockets.h>
+#include <net/if.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+static char buffer[1 << 20] __attribute__((aligned(4096)));
+
+static void die(const char *what) {
+    printf("init: %s: %s\n", what, strerror(errno));
+    reboot(RB_AUTOBOOT);
+}
+
+static int dial(unsigned port) {
+    struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = port};
+    int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd >= 0 && connect(fd, (struct sockaddr *)&address, sizeof address) == 0)
+        return fd;
+    int error = errno;
+    close(fd);
+    errno = error;
+    return -1;
+}
+
+static void send_all(int fd, const char *data, size_t length) {
+    while (length > 0) {
+        ssize_t sent = write(fd, data, length);
+        if (sent < 0)
+            exit(1);
+        data += sent;
+        length -= sent;
+    }
+}
+
+static void echo(int fd) {
+    ssize_t count;
+    while ((count = read(fd, buffer, sizeof buffer)) > 0)
+        send_all(fd, buffer, count);
+    shutdown(fd, SHUT_WR);
+    // The end of the connection is the host's: as in any protocol, whoever closes with data on the way loses it.
+    while (read(fd, buffer, sizeof buffer) > 0) {
+    }
+    exit(0);
+}
+
+static void serve_echo(void) {
+    struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = 1025};
+    int listener = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 64))
+        die("listen");
+    if (fork() > 0) {
+        close(listener);
+        return;
+    }
+    for (;;) {
+        int fd = accept(listener, NULL, NULL);
+        if (fd < 0)
+            die("accept");
+        if (fork() == 0)
+            echo(fd);
+        close(fd);
+    }
+}
+
+static int add_partition(int number, long long start, long long length) {
+    struct blkpg_partition partition = {.start = start, .length = length, .pno = number};
+    struct blkpg_ioctl_arg argument = {.op = BLKPG_ADD_PARTITION, .datalen = sizeof partition, .data = &partition};
+    int fd = open("/dev/vda", O_RDONLY | O_CLOEXEC);
+    int result = fd < 0 ? -1 : ioctl(fd, BLKPG, &argument);
+    close(fd);
+    return result;
+}
+
+static int open_partition(int number, int flags) {
+    char path[32];
+    snprintf(path, sizeof path, "/dev/vda%d", number);
+    return open(path, flags | O_CLOEXEC);
+}
+
+static void read_partition(int control, int number, long long offset, long long length) {
+    int fd = open_partition(number, O_RDONLY);
+    while (length > 0) {
+        ssize_t count = pread(fd, buffer, length < sizeof buffer ? length : sizeof buffer, offset);
+        if (count <= 0)
+            exit(0);
+        send_all(control, buffer, count);
+        offset += count;
+        length -= count;
+    }
+    close(fd);
+}
+
+static int write_partition(int number, long long offset, long long length, int byte) {
+    int fd = open_partition(number, O_RDWR);
+    memset(buffer, byte, sizeof buffer);
+    while (length > 0) {
+        ssize_t count = pwrite(fd, buffer, length < sizeof buffer ? length : sizeof buffer, offset);
+        if (count <= 0)
+            return -1;
+        offset += count;
+        length -= count;
+    }
+    int result = fsync(fd);
+    int error = errno;
+    close(fd);
+    errno = error;
+    return result;
+}
+
+static int discard(int number, long long offset, long long length) {
+    uint64_t range[2] = {offset, length};
+    int fd = open_partition(number, O_RDWR);
+    int result = ioctl(fd, BLKDISCARD, range);
+    int error = errno;
+    close(fd);
+    errno = error;
+    return result;
+}
+
+static void mac(int control) {
+    struct ifreq request = {.ifr_name = "eth0"};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (ioctl(fd, SIOCGIFHWADDR, &request) < 0) {
+        dprintf(control, "%s\n", strerrorname_np(errno));
+    } else {
+        unsigned char *a = (unsigned char *)request.ifr_hwaddr.sa_data;
+        dprintf(control, "%02x:%02x:%02x:%02x:%02x:%02x\n", a[0], a[1], a[2], a[3], a[4], a[5]);
+    }
+    close(fd);
+}
+
+static void answer(int control, int result) {
+    dprintf(control, "%s\n", result < 0 ? strerrorname_np(errno) : "ok");
+}
+
+int main(void) {
+    mount("dev", "/dev", "devtmpfs", 0, NULL);
+    signal(SIGCHLD, SIG_IGN);
+    serve_echo();
+    int control = dial(1024);
+    if (control < 0)
+        die("dial");
+    FILE *lines = fdopen(control, "r");
+    char line[256];
+    while (fgets(line, sizeof line, lines)) {
+        int number, byte;
+        long long offset, length;
+        unsigned port;
+        if (sscanf(line, "partition %d %lld %lld", &number, &offset, &length) == 3)
+            answer(control, add_partition(number, offset, length));
+        else if (sscanf(line, "read %d %lld %lld", &number, &offset, &length) == 3)
+            read_partition(control, number, offset, length);
+        else if (sscanf(line, "write %d %lld %lld %d", &number, &offset, &length, &byte) == 4)
+            answer(control, write_partition(number, offset, length, byte));
+        else if (sscanf(line, "discard %d %lld %lld", &number, &offset, &length) == 3)
+            answer(control, discard(number, offset, length));
+        else if (sscanf(line, "dial %u", &port) == 1) {
+            int fd = dial(port);
+            answer(control, fd);
+            close(fd);
+        } else if (strcmp(line, "mac\n") == 0)
+            mac(control);
+        else if (strcmp(line, "panic\n") == 0)
+            exit(0); // the end of PID 1
+        else
+            break;
+    }
+    reboot(RB_AUTOBOOT);
+}

@@ -1,0 +1,381 @@
+//! Real VMs: QEMU (TCG), the guest's kernel, and the devices between them.
+
+mod common;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Stdio;
+
+use common::{Guest, PATIENCE};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use podvisor_vmm::qemu::{self, Accel, QemuConfig, QemuError};
+use podvisor_vmm::{Access, ExitReason, NetConfig, Segment};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+fn file_of(content: &[u8]) -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(content, 0).unwrap();
+    file
+}
+
+/// Bytes that differ from sector to sector.
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|at| (at / 512 + at) as u8).collect()
+}
+
+fn partition(number: u32, segment: Segment) -> String {
+    format!("partition {number} {} {}", segment.start, segment.length)
+}
+
+#[tokio::test]
+async fn the_disk_shows_segments_as_partitions() {
+    let Some(mut guest) = Guest::boot().await else {
+        return;
+    };
+    let layer = pattern(3 << 20);
+    let scratch = file_of(&vec![1; 1 << 20]);
+    // Added while the VM runs, as every layer is.
+    let ro = guest
+        .disk
+        .insert(file_of(&layer), 0, layer.len() as u64, Access::ReadOnly)
+        .unwrap();
+    let rw = guest
+        .disk
+        .insert(scratch.try_clone().unwrap(), 0, 1 << 20, Access::ReadWrite)
+        .unwrap();
+    assert_eq!(guest.command(&partition(1, ro)).await, "ok");
+    assert_eq!(guest.command(&partition(2, rw)).await, "ok");
+
+    assert!(guest.read(1, 0, layer.len()).await == layer);
+    assert_eq!(guest.command("write 1 0 4096 7").await, "EIO");
+    assert_eq!(guest.command("write 2 8192 500000 7").await, "ok");
+    let mut written = vec![0; 1 << 20];
+    scratch.read_exact_at(&mut written, 0).unwrap();
+    let expected = [
+        vec![1; 8192],
+        vec![7; 500_000],
+        vec![1; (1 << 20) - 508_192],
+    ]
+    .concat();
+    assert!(written == expected);
+
+    let blocks = scratch.metadata().unwrap().blocks();
+    assert_eq!(guest.command("discard 2 0 524288").await, "ok");
+    assert!(scratch.metadata().unwrap().blocks() < blocks);
+    assert_eq!(guest.read(2, 0, 4096).await, [0; 4096]);
+
+    // A partition that reaches beyond its segment: what is outside is no one's.
+    let beyond = Segment {
+        start: rw.start + rw.length - 4096,
+        length: 8192,
+    };
+    guest.disk.remove(ro.start).unwrap();
+    assert_eq!(
+        guest
+            .command(&partition(
+                3,
+                Segment {
+                    start: 5 << 40,
+                    length: 1 << 20
+                }
+            ))
+            .await,
+        "ok"
+    );
+    assert_eq!(guest.command("write 3 0 4096 7").await, "EIO");
+    assert_eq!(
+        guest.command(&partition(4, beyond)).await,
+        "EBUSY",
+        "partitions do not overlap"
+    );
+
+    guest.tell("reboot").await;
+    assert_eq!(
+        timeout(PATIENCE, guest.vmm.exited()).await.unwrap(),
+        ExitReason::GuestReset
+    );
+    assert_eq!(
+        guest.vmm.exited().await,
+        ExitReason::GuestReset,
+        "the answer stays"
+    );
+}
+
+/// Sends `data` in, and returns what comes back until the end.
+async fn echo(stream: UnixStream, data: &[u8]) -> Vec<u8> {
+    let (mut reader, mut writer) = stream.into_split();
+    let mut back = Vec::new();
+    let send = async {
+        writer.write_all(data).await.unwrap();
+        writer.shutdown().await.unwrap();
+    };
+    timeout(PATIENCE, async {
+        tokio::join!(send, reader.read_to_end(&mut back))
+    })
+    .await
+    .unwrap()
+    .1
+    .unwrap();
+    back
+}
+
+#[tokio::test]
+async fn vsock_carries_streams_both_ways() {
+    let Some(mut guest) = Guest::boot().await else {
+        return;
+    };
+    let data = pattern(4 << 20);
+
+    // Several at once: their bytes stay apart, and each ends after its last byte.
+    let streams = [
+        guest.vsock.connect(1025).await,
+        guest.vsock.connect(1025).await,
+        guest.vsock.connect(1025).await,
+    ];
+    let [first, second, third] = streams.map(Result::unwrap);
+    let (first, second, third) = tokio::join!(
+        echo(first, &data),
+        echo(second, &data[512..]),
+        echo(third, &data[1 << 20..])
+    );
+    assert!(first == data && second == data[512..] && third == data[1 << 20..]);
+
+    // Nobody listens, in either direction.
+    assert_eq!(
+        guest.vsock.connect(9).await.unwrap_err().kind(),
+        io::ErrorKind::ConnectionRefused
+    );
+    assert_eq!(guest.command("dial 9").await, "ECONNRESET");
+    let mut listener = guest.vsock.listen(7);
+    assert_eq!(guest.command("dial 7").await, "ok");
+    let mut dialled = listener.accept().await.unwrap();
+    assert_eq!(
+        dialled.read(&mut [0; 8]).await.unwrap(),
+        0,
+        "the guest has closed it"
+    );
+
+    // The pod's socket, for other processes.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vsock.sock");
+    guest
+        .vsock
+        .serve(UnixListener::bind(&path).unwrap())
+        .unwrap();
+    let mut stream = BufReader::new(UnixStream::connect(&path).await.unwrap());
+    stream.write_all(b"CONNECT 1025\n").await.unwrap();
+    let mut line = String::new();
+    timeout(PATIENCE, stream.read_line(&mut line))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(line.starts_with("OK ") && line.ends_with('\n'), "{line:?}");
+    assert!(echo(stream.into_inner(), &data[..100_000]).await == data[..100_000]);
+    let mut refused = UnixStream::connect(&path).await.unwrap();
+    refused.write_all(b"CONNECT 9\n").await.unwrap();
+    assert_eq!(
+        timeout(PATIENCE, refused.read(&mut [0; 8]))
+            .await
+            .unwrap()
+            .unwrap(),
+        0
+    );
+
+    // A host that does not read stops the guest, and loses nothing.
+    let slow = guest.vsock.connect(1025).await.unwrap();
+    let (mut reader, mut writer) = slow.into_split();
+    let sender =
+        tokio::spawn(async move { writer.write_all(&pattern(4 << 20)).await.map(|()| writer) });
+    assert!(
+        timeout(PATIENCE, guest.command("dial 9")).await.is_ok(),
+        "others go on"
+    );
+    let mut back = vec![0; 4 << 20];
+    timeout(PATIENCE, reader.read_exact(&mut back))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(back == data);
+    sender.await.unwrap().unwrap();
+
+    guest.vmm.kill().await;
+    assert_eq!(guest.vmm.exited().await, ExitReason::Killed);
+    assert_eq!(
+        guest.vsock.connect(1025).await.unwrap_err().kind(),
+        io::ErrorKind::ConnectionAborted
+    );
+    let mut end = Vec::new();
+    guest.control.read_to_end(&mut end).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_panic_ends_the_vm_and_is_on_the_console() {
+    let Some(mut guest) = Guest::boot().await else {
+        return;
+    };
+    guest.tell("panic").await;
+    assert_eq!(
+        timeout(PATIENCE, guest.vmm.exited()).await.unwrap(),
+        ExitReason::GuestReset
+    );
+    let console = guest.last_words().await;
+    assert!(
+        console.contains("Kernel panic - not syncing: Attempted to kill init"),
+        "{console}"
+    );
+}
+
+#[tokio::test]
+async fn a_killed_qemu_is_told_apart_and_reaped() {
+    let Some(mut guest) = Guest::boot().await else {
+        return;
+    };
+    let pid = guest.vmm.pid().unwrap();
+    assert_eq!(guest.vmm.backend(), "qemu");
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pid as i32),
+        nix::sys::signal::Signal::SIGABRT,
+    )
+    .unwrap();
+    let reason = timeout(PATIENCE, guest.vmm.exited()).await.unwrap();
+    assert!(matches!(reason, ExitReason::VmmExited { .. }), "{reason:?}");
+    assert!(!Path::new(&format!("/proc/{pid}")).exists(), "not reaped");
+    assert_eq!(guest.vmm.pid(), None);
+}
+
+/// Set in the process that `a_vm_ends_with_its_process` kills.
+const KEEPER: &str = "PODVISOR_TEST_KEEPER";
+
+#[tokio::test]
+async fn a_vm_ends_with_its_process() {
+    if std::env::var_os(KEEPER).is_some() {
+        let guest = Guest::boot().await.unwrap();
+        println!("\nqemu {}", guest.vmm.pid().unwrap());
+        std::future::pending::<()>().await;
+    }
+    if common::prerequisites().is_none() {
+        return;
+    }
+    let mut keeper = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_vm_ends_with_its_process", "--nocapture"])
+        .env(KEEPER, "1")
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(keeper.stdout.take().unwrap()).lines();
+    let pid = loop {
+        let line = timeout(PATIENCE, lines.next_line())
+            .await
+            .unwrap()
+            .unwrap()
+            .expect("the VM does not start");
+        if let Some(pid) = line.strip_prefix("qemu ") {
+            break pid.parse().unwrap();
+        }
+    };
+    let qemu = pidfd_open(pid);
+    keeper.kill().await.unwrap();
+    let mut ended = [PollFd::new(qemu.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(
+        nix::poll::poll(&mut ended, PollTimeout::try_from(PATIENCE).unwrap()),
+        Ok(1),
+        "QEMU lives on"
+    );
+}
+
+/// A descriptor that is readable once the process has ended.
+fn pidfd_open(pid: i32) -> OwnedFd {
+    // SAFETY: a system call without pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    assert!(fd >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: just opened, and nobody else's.
+    unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
+#[tokio::test]
+async fn the_network_device_is_the_tap() {
+    let Some(tap) = open_tap() else { return };
+    let mac = "02:01:02:03:04:05";
+    let net = NetConfig {
+        tap,
+        mac: mac.into(),
+    };
+    let Some(mut guest) = Guest::boot_with(|config| config.net = Some(net)).await else {
+        return;
+    };
+    assert_eq!(guest.command("mac").await, mac);
+}
+
+/// A tap as the network crate makes it, in the test's own network namespace.
+fn open_tap() -> Option<OwnedFd> {
+    use libc::{IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUNSETIFF, ifreq, ioctl};
+    let tun = match File::options().read(true).write(true).open("/dev/net/tun") {
+        Ok(tun) => tun,
+        Err(error) => {
+            println!("SKIPPED: /dev/net/tun: {error}");
+            return None;
+        }
+    };
+    // SAFETY: an all-zero ifreq is valid; the kernel picks a name.
+    let mut request: ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as i16;
+    // SAFETY: TUNSETIFF takes an ifreq.
+    if unsafe { ioctl(tun.as_raw_fd(), TUNSETIFF, &raw mut request) } != 0 {
+        println!("SKIPPED: no tap: {}", io::Error::last_os_error());
+        return None;
+    }
+    Some(tun.into())
+}
+
+#[tokio::test]
+async fn what_cannot_start_says_why() {
+    let Some((binary, kernel)) = common::prerequisites() else {
+        return;
+    };
+    let tcg = |binary: &Path| QemuConfig {
+        binary: binary.into(),
+        accel: Accel::Tcg,
+    };
+
+    let (config, ..) = common::config(&kernel);
+    let error = qemu::start(config, tcg(Path::new("/nowhere/qemu")))
+        .await
+        .err()
+        .unwrap();
+    assert_eq!(
+        error.to_string(),
+        "cannot run /nowhere/qemu: No such file or directory (os error 2)"
+    );
+
+    let (mut config, ..) = common::config(&kernel);
+    config.memory_bytes = 1 << 20;
+    let error = qemu::start(config, tcg(&binary)).await.err().unwrap();
+    assert!(
+        matches!(&error, QemuError::Config(text) if text.contains("1048576 bytes of memory")),
+        "{error}"
+    );
+
+    let (mut config, ..) = common::config(&kernel);
+    config.kernel = file_of(b"").into();
+    let error = qemu::start(config, tcg(&binary)).await.err().unwrap();
+    assert_eq!(error.to_string(), "the kernel is empty");
+
+    let (mut config, vsock, ..) = common::config(&kernel);
+    config.kernel = file_of(b"no kernel at all").into();
+    let error = qemu::start(config, tcg(&binary)).await.err().unwrap();
+    assert!(
+        matches!(&error, QemuError::Exited { stderr, .. } if !stderr.is_empty()),
+        "{error}"
+    );
+    assert_eq!(
+        vsock.connect(1).await.unwrap_err().kind(),
+        io::ErrorKind::ConnectionAborted
+    );
+}

@@ -1,0 +1,5 @@
+module podvisor/tests/rig/cri-api
+
+go 1.26
+
+require k8s.io/cri-api v0.38.0-alpha.0

@@ -1,0 +1,213 @@
+//! The real crictl, and what it is given.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+
+use serde_json::{Value, json};
+
+use crate::daemon::Daemon;
+use crate::{output_of, rig};
+
+/// The binary, built when it is not there.
+pub fn binary() -> &'static PathBuf {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| output_of(&mut rig("crictl.sh")).trim().into())
+}
+
+/// How a run of crictl ended.
+#[derive(Debug)]
+pub struct Ran {
+    /// Its exit code; 124 if it did not end in time.
+    pub code: i32,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+impl Ran {
+    /// Standard output of a run that must have succeeded.
+    pub fn ok(self) -> String {
+        assert_eq!(self.code, 0, "{}{}", self.stdout, self.stderr);
+        self.stdout
+    }
+
+    /// Standard output of a run that must have succeeded, as JSON.
+    pub fn json(self) -> Value {
+        let text = self.ok();
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    /// Standard error of a run that must have failed, with the gRPC code `code` ("NotFound").
+    pub fn failed(self, code: &str) -> String {
+        assert_ne!(self.code, 0, "{} instead of {code}", self.stdout);
+        assert!(
+            self.stderr.contains(&format!("code = {code} ")),
+            "not {code}: {}",
+            self.stderr
+        );
+        self.stderr
+    }
+}
+
+impl Daemon {
+    /// A run of crictl to be started.
+    pub fn crictl_command(&self, args: &[&str]) -> Command {
+        // Something else ends a crictl that hangs: it has no limit for all of its commands.
+        let mut command = Command::new("timeout");
+        command
+            .arg("--kill-after=5")
+            .arg("90")
+            .arg(binary())
+            .arg("--config")
+            .arg(self.crictl_config())
+            .args(args)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs crictl.
+    pub fn crictl(&self, args: &[&str]) -> Ran {
+        let output = self
+            .crictl_command(args)
+            .output()
+            .expect("coreutils has timeout");
+        Ran {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Starts crictl, its standard output in a pipe.
+    pub fn crictl_spawn(&self, args: &[&str]) -> Child {
+        self.crictl_command(args)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("coreutils has timeout")
+    }
+
+    /// Writes a configuration for crictl to read.
+    fn config_file(&self, kind: &str, config: &Value) -> String {
+        let metadata = &config["metadata"];
+        let name = metadata["name"].as_str().unwrap_or_default();
+        let path = self.instance.dir().join(format!("{kind}-{name}.json"));
+        fs::write(&path, config.to_string()).expect("the instance's directory is there");
+        path.into_os_string()
+            .into_string()
+            .expect("we made it of ASCII")
+    }
+
+    /// A pod's configuration, with a log directory.
+    pub fn pod(&self, name: &str) -> Pod {
+        let log_dir = self.instance.dir().join("logs").join(name);
+        Pod {
+            config: json!({
+                "metadata": {"name": name, "uid": format!("uid-{name}"), "namespace": "default", "attempt": 1},
+                "log_directory": log_dir,
+                "linux": {},
+            }),
+            log_dir,
+        }
+    }
+
+    /// `crictl runp`.
+    pub fn try_run_pod(&self, pod: &Pod) -> Ran {
+        self.crictl(&["runp", &self.config_file("pod", &pod.config)])
+    }
+
+    /// `crictl runp` that must succeed. The pod's id.
+    pub fn run_pod(&self, pod: &Pod) -> String {
+        id(&self.try_run_pod(pod).ok())
+    }
+
+    /// `crictl create`.
+    pub fn try_create(&self, id: &str, pod: &Pod, container: &Value) -> Ran {
+        let (container, pod) = self.config_files(pod, container);
+        self.crictl(&["create", id, &container, &pod])
+    }
+
+    /// Files with the configurations of a container and its pod, for `crictl run`.
+    pub fn config_files(&self, pod: &Pod, container: &Value) -> (String, String) {
+        let container = self.config_file("container", container);
+        (container, self.config_file("pod", &pod.config))
+    }
+
+    /// `crictl create` that must succeed. The container's id.
+    pub fn create(&self, id: &str, pod: &Pod, container: &Value) -> String {
+        self::id(&self.try_create(id, pod, container).ok())
+    }
+
+    /// `crictl create` and `crictl start`. The container's id.
+    pub fn create_started(&self, id: &str, pod: &Pod, container: &Value) -> String {
+        let container = self.create(id, pod, container);
+        self.crictl(&["start", &container]).ok();
+        container
+    }
+
+    /// `crictl exec -s` that must succeed: what the command wrote.
+    pub fn exec(&self, container: &str, command: &[&str]) -> String {
+        let ran = self.crictl(&[&["exec", "-s", container], command].concat());
+        ran.ok().trim_end().to_owned()
+    }
+
+    /// `crictl inspect`, the status alone.
+    pub fn inspect(&self, container: &str) -> Value {
+        self.crictl(&["inspect", container]).json()["status"].take()
+    }
+
+    /// `crictl inspectp`, the status alone.
+    pub fn inspect_pod(&self, pod: &str) -> Value {
+        self.crictl(&["inspectp", pod]).json()["status"].take()
+    }
+}
+
+/// A pod's configuration.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// As crictl reads it.
+    pub config: Value,
+    /// Where its containers' logs are.
+    pub log_dir: PathBuf,
+}
+
+impl Pod {
+    /// With `key` set to `value`.
+    pub fn with(mut self, key: &str, value: Value) -> Self {
+        self.config[key] = value;
+        self
+    }
+
+    /// The log of a container of [`container`].
+    pub fn log(&self, container: &str) -> PathBuf {
+        self.log_dir.join(format!("{container}.log"))
+    }
+}
+
+/// A container's configuration, with a log NAME.log.
+pub fn container(name: &str, image: &str, command: &[&str]) -> Value {
+    json!({
+        "metadata": {"name": name, "attempt": 1},
+        "image": {"image": image},
+        "command": command,
+        "log_path": format!("{name}.log"),
+        "linux": {},
+    })
+}
+
+/// A container that runs a shell script.
+pub fn shell(name: &str, image: &str, script: &str) -> Value {
+    container(name, image, &["sh", "-c", script])
+}
+
+/// The one id that a command printed.
+fn id(output: &str) -> String {
+    let id = output.trim();
+    assert!(
+        id.len() == 64 && id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')),
+        "not an id: {output:?}"
+    );
+    id.into()
+}

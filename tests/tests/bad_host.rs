@@ -1,0 +1,228 @@
+//! Bad input from the host: guest images that do not boot, no pod network, a full disk.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use podvisor_tests::crictl::shell;
+use podvisor_tests::daemon::{Daemon, Options};
+use podvisor_tests::guest::{Flaw, SILENT, flawed};
+use podvisor_tests::output_of;
+use podvisor_tests::registry::busybox;
+use serde_json::{Value, json};
+
+/// A daemon whose VMs do not boot, and the error of a pod.
+fn does_not_boot(flaw: Flaw, code: &str) -> String {
+    let dir = std::env::temp_dir().join(format!(
+        "podvisor-test-guest-{}-{flaw:?}",
+        std::process::id()
+    ));
+    let guest_dir = flawed(dir.clone(), flaw);
+    let daemon = Daemon::start_with(&Options {
+        guest_dir,
+        config: vec![("vm", "boot_timeout_s = 5".into())],
+        ..Options::default()
+    });
+    let pod = daemon.pod("does-not-boot");
+    let message = daemon.try_run_pod(&pod).failed(code);
+    assert_eq!(daemon.cri().pods(), vec![]);
+    daemon.assert_nothing_left();
+    // The name is free again: the same error, not AlreadyExists.
+    daemon.try_run_pod(&pod).failed(code);
+    drop(daemon);
+    fs::remove_dir_all(dir).expect("ours");
+    message
+}
+
+#[test]
+fn a_kernel_that_is_none() {
+    let message = does_not_boot(Flaw::Garbage, "FailedPrecondition");
+    assert!(message.to_lowercase().contains("kernel"), "{message}");
+}
+
+#[test]
+fn a_kernel_that_panics() {
+    let message = does_not_boot(Flaw::NoInit, "FailedPrecondition");
+    assert!(
+        message.contains("Kernel panic"),
+        "the console's end: {message}"
+    );
+}
+
+#[test]
+fn a_guest_that_never_calls() {
+    let message = does_not_boot(Flaw::SilentInit, "DeadlineExceeded");
+    assert!(message.contains(SILENT), "the console's end: {message}");
+    assert!(message.contains('5'), "how long it waited: {message}");
+}
+
+/// The condition `NetworkReady` of `crictl info`.
+fn network_ready(daemon: &Daemon) -> Value {
+    let info = daemon.crictl(&["info"]).json();
+    let conditions = info["status"]["conditions"].as_array().expect("a list");
+    let network = conditions.iter().find(|c| c["type"] == "NetworkReady");
+    network.expect("always told").clone()
+}
+
+#[test]
+fn no_cni_configuration() {
+    let daemon = Daemon::start_with(&Options {
+        cni: false,
+        ..Options::default()
+    });
+    let dir = daemon.instance.dir().join("net.d").display().to_string();
+    let condition = network_ready(&daemon);
+    assert!(condition["status"] != true, "{condition}");
+    assert!(
+        condition["message"]
+            .as_str()
+            .is_some_and(|why| why.contains(&dir)),
+        "{condition}"
+    );
+    assert!(
+        condition["reason"]
+            .as_str()
+            .is_some_and(|why| !why.is_empty()),
+        "{condition}"
+    );
+    let message = daemon
+        .try_run_pod(&daemon.pod("pod"))
+        .failed("FailedPrecondition");
+    assert!(message.contains(&dir), "{message}");
+    daemon.assert_nothing_left();
+
+    // A network add-on writes it later; nobody restarts a runtime for that.
+    daemon.write_cni();
+    assert_eq!(network_ready(&daemon)["status"], json!(true));
+    daemon.run_pod(&daemon.pod("pod"));
+}
+
+#[test]
+fn a_cni_plugin_that_fails() {
+    let daemon = Daemon::start();
+    let file = fs::read_dir(daemon.instance.dir().join("net.d"));
+    let file = file
+        .expect("written")
+        .next()
+        .expect("one")
+        .expect("readable")
+        .path();
+    let good = fs::read_to_string(&file).expect("readable");
+    // The last plugin of the chain: those before it have done their work already.
+    for (bad, word) in [
+        (
+            good.replace("\"bandwidth\"", "\"no-such-plugin\""),
+            "no-such-plugin",
+        ),
+        (
+            good.replace("\"portmap\", \"snat\": true", "\"portmap\", \"snat\": 5"),
+            "portmap",
+        ),
+        ("not json".into(), "net.d"),
+    ] {
+        fs::write(&file, bad).expect("ours");
+        let ran = daemon.try_run_pod(&daemon.pod("pod"));
+        assert_ne!(ran.code, 0);
+        assert!(ran.stderr.contains(word), "{}", ran.stderr);
+        assert_eq!(daemon.cri().pods(), vec![]);
+        daemon.assert_nothing_left();
+    }
+    fs::write(&file, good).expect("ours");
+    daemon.run_pod(&daemon.pod("pod"));
+}
+
+#[test]
+fn a_network_that_is_gone_before_its_pod() {
+    let daemon = Daemon::start();
+    let id = daemon.run_pod(&daemon.pod("pod"));
+    // What an administrator's hand or another program may do.
+    fs::remove_dir_all(daemon.instance.dir().join("net.d")).expect("ours");
+    for name in fs::read_dir(daemon.instance.run_dir().join("netns"))
+        .expect("a folder")
+        .flatten()
+    {
+        output_of(
+            std::process::Command::new("umount")
+                .arg("-l")
+                .arg(name.path()),
+        );
+        fs::remove_file(name.path()).expect("ours");
+    }
+    daemon.cri().remove_pod(&id);
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn a_full_disk() {
+    let daemon = Daemon::start_with(&Options {
+        data_bytes: Some(48 << 20),
+        ..Options::default()
+    });
+    daemon.crictl(&["pull", &busybox()]).ok();
+    let pod = daemon.pod("writes");
+    let id = daemon.run_pod(&pod);
+    let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), "sleep 1000"));
+
+    // A guest that fills the disk gets an error, and the pod lives.
+    let fill = "dd if=/dev/urandom of=/big bs=1M count=100 conv=fsync 2>&1; echo $?";
+    let said = daemon.exec(&container, &["sh", "-c", fill]);
+    assert!(
+        said.contains("error") || said.contains("No space"),
+        "{said}"
+    );
+    assert_eq!(daemon.inspect_pod(&id)["state"], "SANDBOX_READY");
+    assert_eq!(daemon.exec(&container, &["echo", "alive"]), "alive");
+
+    // With no byte left a pod cannot be made, and says why.
+    let filler = daemon.instance.data_dir().join("filler");
+    let _ = fs::write(&filler, vec![1; 64 << 20]);
+    assert!(
+        fs::metadata(&filler).expect("begun").blocks() < (64 << 11),
+        "it is full"
+    );
+    let ran = daemon.try_run_pod(&daemon.pod("no-room"));
+    let message = ran.failed("ResourceExhausted");
+    assert!(message.to_lowercase().contains("space"), "{message}");
+    assert_eq!(daemon.cri().pods().len(), 1);
+    assert_eq!(daemon.leaks(), "");
+
+    // What is there can be removed on a full disk, and then there is room.
+    daemon.crictl(&["rmp", "-f", &id]).ok();
+    fs::remove_file(&filler).expect("ours");
+    let again = daemon.run_pod(&daemon.pod("room"));
+    daemon.crictl(&["rmp", "-f", &again]).ok();
+}
+
+#[test]
+fn logs_that_cannot_be_written() {
+    let daemon = Daemon::start();
+    daemon.crictl(&["pull", &busybox()]).ok();
+    // A file where the directory is to be.
+    let mut pod = daemon.pod("no-logs");
+    let id = daemon.run_pod(&pod);
+    pod.config["log_directory"] = json!("/proc/version/logs");
+    let ran = daemon.try_create(&id, &pod, &shell("c", &busybox(), "true"));
+    assert_ne!(ran.code, 0);
+    assert!(ran.stderr.contains("/proc/version"), "{}", ran.stderr);
+    assert_eq!(daemon.cri().containers(), vec![]);
+
+    // A disk that fills up under a log: the container goes on.
+    let full = daemon.instance.dir().join("full");
+    fs::create_dir(&full).expect("ours");
+    output_of(
+        std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=64k", "none"])
+            .arg(&full),
+    );
+    pod.config["log_directory"] = json!(full);
+    let script = "seq 1 100000; touch /wrote; sleep 1000";
+    let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), script));
+    podvisor_tests::eventually("the container writes on", || {
+        daemon
+            .exec(&container, &["ls", "/"])
+            .contains("wrote")
+            .then_some(())
+    });
+    assert!(fs::metadata(full.join("c.log")).is_ok_and(|log| log.len() > 0));
+    daemon.crictl(&["rmp", "-f", &id]).ok();
+    output_of(std::process::Command::new("umount").arg(&full));
+}

@@ -1,0 +1,386 @@
+//! Images through crictl: pull from every kind of registry, list, inspect, remove.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use podvisor_tests::crictl::shell;
+use podvisor_tests::daemon::Daemon;
+use podvisor_tests::fake_registry::{Answer, FakeRegistry};
+use podvisor_tests::logs;
+use podvisor_tests::oci::{self, Compression, EntryType, Format, Image, Layer};
+use podvisor_tests::registry::{Registry, busybox};
+use serde_json::{Value, json};
+
+/// `crictl images`.
+fn images(daemon: &Daemon) -> Vec<Value> {
+    let list = daemon.crictl(&["images", "-o", "json"]).json();
+    list["images"].as_array().cloned().unwrap_or_default()
+}
+
+/// Runs a shell script in a container of an image and returns the lines it wrote.
+fn run_in(daemon: &Daemon, image: &str, script: &str) -> Vec<String> {
+    let pod = daemon.pod(&format!(
+        "run-{}",
+        image
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .replace(':', "-")
+    ));
+    let id = daemon.run_pod(&pod);
+    let container = daemon.create_started(&id, &pod, &shell("c", image, script));
+    let status = daemon.cri().wait_exit(&container);
+    let lines = logs::stdout(&pod.log("c"));
+    assert_eq!(status.exit_code, 0, "{:?}", logs::read(&pod.log("c")));
+    daemon.crictl(&["rmp", "-f", &id]).ok();
+    lines
+}
+
+#[test]
+fn pull_list_inspect_remove() {
+    let daemon = Daemon::start();
+    let name = busybox();
+    let image = oci::busybox();
+
+    let pulled = daemon.crictl(&["pull", &name]).ok();
+    assert!(pulled.contains(&image.id()), "{pulled}");
+
+    let all = images(&daemon);
+    assert_eq!(all.len(), 1, "{all:?}");
+    assert_eq!(all[0]["id"], image.id());
+    assert_eq!(all[0]["repoTags"], json!([name]));
+    let digest = format!("{}@{}", name.trim_end_matches(":latest"), image.digest());
+    assert_eq!(all[0]["repoDigests"], json!([digest]));
+    let size: u64 = all[0]["size"]
+        .as_str()
+        .expect("a string")
+        .parse()
+        .expect("a number");
+    assert!(size > 0);
+
+    // The same answer by tag, by name without tag, by digest, by id with and without algorithm.
+    let id = image.id();
+    let by_tag = daemon.crictl(&["inspecti", &name]).json();
+    assert_eq!(by_tag["status"]["id"], id);
+    let bare = id.strip_prefix("sha256:").expect("a digest");
+    for other in [name.trim_end_matches(":latest"), &digest, &id, bare] {
+        let answer = daemon.crictl(&["inspecti", other]).json();
+        assert_eq!(answer["status"], by_tag["status"], "{other}");
+    }
+
+    // Again is no second image.
+    daemon.crictl(&["pull", &name]).ok();
+    assert_eq!(images(&daemon).len(), 1);
+
+    daemon.crictl(&["rmi", &name]).ok();
+    assert_eq!(images(&daemon), Vec::<Value>::new());
+    assert_eq!(daemon.crictl(&["inspecti", &name]).code, 1);
+}
+
+#[test]
+fn image_fs_info_is_what_du_says() {
+    let daemon = Daemon::start();
+    let usage = || {
+        let info = daemon.crictl(&["imagefsinfo", "-o", "json"]).json();
+        let images = &info["status"]["imageFilesystems"][0];
+        let containers = &info["status"]["containerFilesystems"][0];
+        assert!(containers["fsId"]["mountpoint"].is_string(), "{info}");
+        let bytes = images["usedBytes"]["value"].as_str().unwrap_or("0");
+        let mountpoint = images["fsId"]["mountpoint"].as_str();
+        (
+            bytes.parse::<u64>().expect("a number"),
+            PathBuf::from(mountpoint.expect("a path")),
+        )
+    };
+    let (empty, dir) = usage();
+    assert!(dir.starts_with(daemon.instance.data_dir()), "{dir:?}");
+    daemon.crictl(&["pull", &busybox()]).ok();
+    let (full, _) = usage();
+    let on_disk: u64 = files(&dir).iter().map(blocks).sum();
+    // Directories are not counted by everyone.
+    assert!(full.abs_diff(on_disk) <= 64 << 10, "{full} of {on_disk}");
+    assert!(full > empty + (1 << 20), "{empty} -> {full}");
+    daemon.crictl(&["rmi", &busybox()]).ok();
+    assert_eq!(usage().0, empty);
+}
+
+fn blocks(file: impl AsRef<Path>) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::symlink_metadata(file).expect("it is there").blocks() * 512
+}
+
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).expect("a directory").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found
+}
+
+#[test]
+fn credentials() {
+    let daemon = Daemon::start();
+    let registry = Registry::start("basic", Some(("someone", "pass:word")));
+    registry.push("private:1", &oci::busybox());
+    let name = registry.name("private:1");
+
+    for wrong in [
+        vec!["pull", &name],
+        vec!["pull", "--creds", "someone:wrong", &name],
+    ] {
+        let ran = daemon.crictl(&wrong);
+        assert_ne!(ran.code, 0);
+        assert!(ran.stderr.to_lowercase().contains("auth"), "{}", ran.stderr);
+    }
+    assert_eq!(images(&daemon), Vec::<Value>::new());
+    let ran = daemon.crictl(&["pull", "--creds", "someone:pass:word", &name]);
+    assert!(ran.ok().contains(&oci::busybox().id()));
+}
+
+#[test]
+fn bearer_tokens() {
+    let daemon = Daemon::start();
+    let registry = FakeRegistry::with_tokens(&oci::busybox(), "someone", "secret");
+    let name = registry.name("team/private:1");
+
+    assert_ne!(daemon.crictl(&["pull", &name]).code, 0);
+    assert_ne!(
+        daemon
+            .crictl(&["pull", "--creds", "someone:wrong", &name])
+            .code,
+        0
+    );
+    daemon
+        .crictl(&["pull", "--creds", "someone:secret", &name])
+        .ok();
+    let log = daemon.log();
+    assert!(!log.contains("secret"), "a password in the log");
+}
+
+#[test]
+fn every_form_of_image() {
+    let daemon = Daemon::start();
+    let registry = Registry::shared();
+    let config = oci::busybox_config();
+    let marked = |word: &str| Layer::new().file("marker", word).tar();
+    let made = |format, word: &str, compression| {
+        let layer = marked(word);
+        let layers = [(oci::busybox_tar(), compression), (&layer, compression)];
+        Image::new(format, &layers, &config)
+    };
+    let foreign = made(Format::Oci, "foreign", Compression::Gzip);
+    let list = |format| {
+        let own = made(format, &format!("{format:?}"), Compression::Gzip);
+        Image::index(
+            format,
+            &[("linux/s390x", foreign.clone()), ("linux/amd64", own)],
+        )
+    };
+    for (name, image, marker) in [
+        (
+            "plain:1",
+            made(Format::Oci, "plain", Compression::None),
+            "plain",
+        ),
+        (
+            "zstd:1",
+            made(Format::Oci, "zstd", Compression::Zstd),
+            "zstd",
+        ),
+        (
+            "docker:1",
+            made(Format::Docker, "docker", Compression::Gzip),
+            "docker",
+        ),
+        ("index:1", list(Format::Oci), "Oci"),
+        ("list:1", list(Format::Docker), "Docker"),
+    ] {
+        registry.push(name, &image);
+        let name = registry.name(name);
+        daemon.crictl(&["pull", &name]).ok();
+        assert_eq!(run_in(&daemon, &name, "cat /marker"), [marker], "{name}");
+        // What a digest names is the index, for every client alike.
+        let digest = daemon.crictl(&["inspecti", &name]).json();
+        let digests = digest["status"]["repoDigests"].as_array().cloned();
+        let by_digest = digests.expect("a list")[0]
+            .as_str()
+            .expect("text")
+            .to_owned();
+        assert!(by_digest.ends_with(&image.digest()), "{by_digest}");
+    }
+    let kept = images(&daemon);
+    assert_eq!(kept.len(), 5, "{kept:?}");
+}
+
+#[test]
+fn pulled_by_digest() {
+    let daemon = Daemon::start();
+    let image = oci::busybox();
+    let name = busybox();
+    let by_digest = format!("{}@{}", name.trim_end_matches(":latest"), image.digest());
+    daemon.crictl(&["pull", &by_digest]).ok();
+    let all = images(&daemon);
+    assert_eq!(all[0]["repoDigests"], json!([by_digest]));
+    assert_eq!(
+        all[0]["repoTags"].as_array().map_or(0, Vec::len),
+        0,
+        "{all:?}"
+    );
+}
+
+#[test]
+fn removing_one_tag_removes_all() {
+    let daemon = Daemon::start();
+    let registry = Registry::shared();
+    for tag in ["tags:1", "tags:2", "elsewhere/tags:3"] {
+        registry.push(tag, &oci::busybox());
+        daemon.crictl(&["pull", &registry.name(tag)]).ok();
+    }
+    let all = images(&daemon);
+    assert_eq!(all.len(), 1);
+    assert_eq!(
+        all[0]["repoTags"].as_array().map(Vec::len),
+        Some(3),
+        "{all:?}"
+    );
+    daemon.crictl(&["rmi", &registry.name("tags:2")]).ok();
+    assert_eq!(images(&daemon), Vec::<Value>::new());
+}
+
+#[test]
+fn a_layer_is_fetched_once() {
+    let daemon = Daemon::start();
+    let common = Layer::new().file("common", vec![7; 1 << 20]);
+    let common = common.tar();
+    let image = |word: &str| {
+        let own = Layer::new().file("own", word).tar();
+        let layers = [
+            (&common[..], Compression::Gzip),
+            (&own[..], Compression::Gzip),
+        ];
+        Image::new(Format::Oci, &layers, &json!({}))
+    };
+    let (first, second) = (image("first"), image("second"));
+    let registry = Registry::shared();
+    registry.push("shares:1", &first);
+    registry.push("shares:2", &second);
+    daemon.crictl(&["pull", &registry.name("shares:1")]).ok();
+
+    // A registry that has the second image without the layer that is there already.
+    let fake = FakeRegistry::start(&second, {
+        let layer = first.layers()[0].clone();
+        move |request, _| {
+            if request.path.ends_with(&layer) {
+                Answer::Status(500, "the common layer was fetched again".into())
+            } else {
+                Answer::Honest
+            }
+        }
+    });
+    daemon.crictl(&["pull", &fake.name("shares:2")]).ok();
+
+    // At the same time, from several clients: one transfer.
+    let third = image("third");
+    let fake = FakeRegistry::start(&third, |_, _| Answer::Honest);
+    let name = fake.name("shares:3");
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| daemon.crictl(&["pull", &name]).ok());
+        }
+    });
+    assert_eq!(fake.count(&third.layers()[1]), 1, "{:?}", fake.requests());
+}
+
+#[test]
+fn mirrors_in_order() {
+    let daemon = Daemon::start();
+    let broken = FakeRegistry::start(&oci::busybox(), |_, _| {
+        Answer::Status(503, "down for the day".into())
+    });
+    let registry = Registry::shared();
+    registry.push("library/mirrored:1", &oci::busybox());
+    let dir = daemon.certs_dir().join("registry.example");
+    fs::create_dir_all(&dir).expect("ours");
+    let hosts = format!(
+        "server = \"http://127.0.0.1:1\"\n\
+         [host.\"http://{}\"]\n  capabilities = [\"pull\", \"resolve\"]\n\
+         [host.\"http://{}\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
+        broken.host, registry.host
+    );
+    fs::write(dir.join("hosts.toml"), hosts).expect("ours");
+
+    let name = "registry.example/library/mirrored:1";
+    daemon.crictl(&["pull", name]).ok();
+    assert!(broken.count("manifests") > 0, "{:?}", broken.requests());
+    let all = images(&daemon);
+    assert_eq!(
+        all[0]["repoTags"],
+        json!([name]),
+        "the name that was asked for"
+    );
+}
+
+#[test]
+fn file_systems_arrive_unchanged() {
+    let daemon = Daemon::start();
+    let long = format!("long/{}/{}", "d".repeat(120), "f".repeat(200));
+    let lower = Layer::new()
+        .dir("dir")
+        .file("dir/kept", "kept")
+        .file("dir/removed", "removed")
+        .dir("opaque")
+        .file("opaque/below", "below")
+        .file("replaced", "a file")
+        .file("linked", "one inode")
+        .link("linked-too", "linked")
+        .symlink("absolute", "/dir/kept")
+        .symlink("dangling", "../../../nowhere")
+        .xattr("user.colour", b"blue")
+        .file("coloured", "x")
+        .entry("setuid", EntryType::Regular, 0o4755, "", b"#!")
+        .entry("null", EntryType::Fifo, 0o600, "", b"")
+        .file(&long, "deep")
+        .file("empty", "")
+        .file("blocks", vec![b'b'; 3 * 4096 + 1]);
+    let upper = Layer::new()
+        .file("dir/.wh.removed", "")
+        .file("opaque/.wh..wh..opq", "")
+        .file("opaque/above", "above")
+        .dir("replaced")
+        .file("replaced/inside", "a directory now");
+    Registry::shared().push("tree:1", &Image::busybox_and(vec![lower, upper]));
+    let name = Registry::shared().name("tree:1");
+    daemon.crictl(&["pull", &name]).ok();
+
+    let script = format!(
+        "ls dir opaque; cat replaced/inside dir/kept absolute opaque/above; echo
+         stat -c '%h %a %s' linked setuid empty blocks; stat -c '%F' null; readlink dangling
+         [ linked -ef linked-too ] && echo same; md5sum < blocks; cat {long}; echo
+         echo new > dir/kept; cat dir/kept; rm -r opaque; ls -d opaque 2>&1; mkdir opaque; ls opaque"
+    );
+    let wanted = [
+        "dir:",
+        "kept",
+        "",
+        "opaque:",
+        "above",
+        "a directory nowkeptkeptabove",
+        "2 644 9",
+        "1 4755 2",
+        "1 644 0",
+        "1 644 12289",
+        "fifo",
+        "../../../nowhere",
+        "same",
+        "b74ca97ee69b3ae5479f3fdebce8d580  -",
+        "deep",
+        "new",
+        "ls: opaque: No such file or directory",
+    ];
+    assert_eq!(run_in(&daemon, &name, &script), wanted);
+}
