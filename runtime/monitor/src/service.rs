@@ -70,7 +70,7 @@ impl Monitor for Service {
         request: Request<ConfigureRequest>,
     ) -> Result<Response<ConfigureResponse>, Status> {
         let pod = Arc::clone(&self.pod);
-        let work = async move { pod.configure(request.into_inner()).await };
+        let work = Box::pin(async move { pod.configure(request.into_inner()).await });
         let snapshot = self.to_the_end(work).await?;
         Ok(Response::new(ConfigureResponse { snapshot }))
     }

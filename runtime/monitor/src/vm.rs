@@ -74,7 +74,11 @@ async fn live(
     let boot_deadline = Instant::now() + boot_timeout;
     let start_ns = now_ns();
     // Its end is corrected by the guest's own clock, once the agent is there.
-    let mut vm = match timeout_at(boot_deadline, qemu::start(config, qemu)).await {
+    let started = tokio::select! {
+        started = timeout_at(boot_deadline, qemu::start(config, qemu)) => started,
+        () = pod.vm_kill().cancelled() => return ("Shutdown", String::new()),
+    };
+    let mut vm = match started {
         Ok(Ok(vm)) => vm,
         Ok(Err(error)) => {
             let message = with_console(pod, &format!("the VM did not start: {error}")).await;

@@ -66,8 +66,13 @@ async fn a_pod_from_boot_to_shutdown() {
         .await
         .unwrap();
     assert_eq!(large.stdout.len(), 3_000_000);
-    let late = pod.exec(&id, &["sleep", "1000"], 300).await.unwrap_err();
+    let script = "sleep 1234 & sleep 1234";
+    let late = pod.exec(&id, &["sh", "-c", script], 500).await.unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded);
+    let script = "cat /proc/[0-9]*/cmdline";
+    let left = pod.exec(&id, &["sh", "-c", script], 0).await.unwrap();
+    let left = String::from_utf8_lossy(&left.stdout).into_owned();
+    assert!(left.contains("sleep") && !left.contains("1234"), "{left}");
     let missing = pod.exec(&id, &["no-such-program"], 0).await.unwrap_err();
     assert!(missing.message().contains("no-such-program"), "{missing}");
 

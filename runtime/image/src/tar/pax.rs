@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn records() {
         let pax =
-            parse(b"12 path=a/b\n30 SCHILY.xattr.user.x=a\0=\nb\n20 mtime=-1.5000001\n").unwrap();
+            parse(b"12 path=a/b\n29 SCHILY.xattr.user.x=a\0=\nb\n20 mtime=-1.5000001\n").unwrap();
         assert_eq!(pax.path.as_deref(), Some(&b"a/b"[..]));
         assert_eq!(pax.xattrs, [(b"user.x".to_vec(), b"a\0=\nb".to_vec())]);
         assert_eq!(
@@ -216,13 +216,12 @@ mod tests {
             b"5",
             b"99 path=a\n",
             b"7 path=a\n",
-            b"8 path=\n",
             b"0 a=b\n",
             b"-1 a=b\n",
             b"+6 a=b\n",
             b"4 =\n",
             b"9 size=-\n",
-            b"9 size=-1\n",
+            b"11 size=-1\n",
             b"18446744073709551616 a=b\n",
             b"14 uid=4294967296\n",
             b"3 \n",

@@ -23,6 +23,10 @@ impl Pod {
         if self.state.container_state(&container.id).is_some() {
             return Ok(()); // A retry.
         }
+        // A try that failed meanwhile has taken the entry away.
+        if !Arc::ptr_eq(&container, &self.container(&request.id)?) {
+            return Err(PodError::State("tried twice at a time".to_owned()));
+        }
         match self.create_in_guest(&agent, &request).await {
             Ok(user) => {
                 info!(container = request.id, "created");

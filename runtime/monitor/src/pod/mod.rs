@@ -256,10 +256,13 @@ impl Pod {
         let mut sandbox = request.sandbox.unwrap_or_default();
         sandbox.scratch = Some(self.scratch);
         sandbox.time_ns = start_ns;
-        agent.configure_sandbox(sandbox).await?;
-        if let Some(network) = request.network {
-            agent.configure_network(network).await?;
-        }
+        let network = async {
+            match request.network {
+                Some(network) => agent.configure_network(network).await,
+                None => Ok(()),
+            }
+        };
+        tokio::try_join!(agent.configure_sandbox(sandbox), network)?;
         self.add_phase("configure", start_ns, now_ns());
         self.state.update(|snapshot| {
             // The VM may have ended meanwhile.
