@@ -51,7 +51,7 @@ pub(crate) async fn layer(
             layer: blob.digest.to_string(),
             done: done.min(blob.size),
             total: blob.size,
-        })
+        });
     };
     loop {
         let (job, is_ours) = match find_or_start(store, registry, blob, diff_id) {
@@ -64,7 +64,7 @@ pub(crate) async fn layer(
         match wait(&job, &tell).await {
             // Another pull's credentials or registry need not be as good as ours.
             Err(error) if !is_ours => {
-                debug!(%diff_id, %error, "another pull failed to get the layer")
+                debug!(%diff_id, %error, "another pull failed to get the layer");
             }
             result => return result,
         }

@@ -239,7 +239,7 @@ async fn resolve(registry: &Registry, target: &Target) -> Result<(Digest, Manife
         match manifest::parse(&document.bytes, &document.media_type)? {
             Resolved::Manifest(manifest) => return Ok((resolved, manifest)),
             Resolved::Index(digest) => {
-                document = registry.manifest(&Target::Digest(digest)).await?
+                document = registry.manifest(&Target::Digest(digest)).await?;
             }
         }
     }

@@ -459,7 +459,9 @@ impl Inner {
             }
         }
         drop(state);
-        trash.into_iter().for_each(|path| remove_file(&path));
+        for path in &trash {
+            remove_file(path);
+        }
         Ok(true)
     }
 
