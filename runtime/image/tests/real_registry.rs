@@ -7,7 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use podvisor_image::reference::Digest;
 use podvisor_image::{ImageStore, Limits, PullError, Registries};
+use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 /// A registry that ends with the test.
@@ -121,9 +123,8 @@ fn image(dir: &Path) {
 
 /// Writes a file under its digest.
 fn put(dir: &Path, content: &[u8]) -> String {
-    use sha2::Digest;
-    let hash = sha2::Sha256::digest(content);
-    let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest = Digest::from(<[u8; 32]>::from(Sha256::digest(content)));
+    let hex = digest.hex().to_owned();
     fs::write(dir.join(&hex), content).unwrap();
     hex
 }
