@@ -30,10 +30,12 @@ pub fn set_up() -> io::Result<()> {
     let agent = root.join("agent");
     std::fs::create_dir_all(&agent)?;
     std::fs::write(agent.join("cgroup.procs"), "0")?;
-    let controllers: String = std::fs::read_to_string(root.join("cgroup.controllers"))?
+    let available = std::fs::read_to_string(root.join("cgroup.controllers"))?;
+    let controllers: Vec<String> = available
         .split_whitespace()
-        .map(|controller| format!("+{controller} "))
+        .map(|controller| format!("+{controller}"))
         .collect();
+    let controllers = controllers.join(" ");
     let containers = root.join(CONTAINERS.trim_start_matches('/'));
     std::fs::create_dir_all(&containers)?;
     for group in [root, &containers] {
@@ -72,6 +74,11 @@ impl Cgroup {
     /// A file of the group.
     pub fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
+    }
+
+    /// Whether `other` is below this group.
+    pub fn is_above(&self, other: &Self) -> bool {
+        other.0.starts_with(&self.0)
     }
 
     /// The group's directory, for `clone3` with `CLONE_INTO_CGROUP`.

@@ -339,13 +339,12 @@ mod tests {
             let mut held: Vec<u32> = Vec::new();
             for (take, index) in steps {
                 if take || held.is_empty() {
-                    match numbers.take() {
-                        Some(number) => {
-                            prop_assert!((1..=PARTITIONS).contains(&number));
-                            prop_assert!(!held.contains(&number));
-                            held.push(number);
-                        }
-                        None => prop_assert_eq!(held.len(), PARTITIONS as usize),
+                    if let Some(number) = numbers.take() {
+                        prop_assert!((1..=PARTITIONS).contains(&number));
+                        prop_assert!(!held.contains(&number));
+                        held.push(number);
+                    } else {
+                        prop_assert_eq!(held.len(), PARTITIONS as usize);
                     }
                 } else {
                     let number = held.swap_remove(usize::from(index) % held.len());

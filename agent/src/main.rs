@@ -25,6 +25,7 @@
 //! | [`user`]       | who a process runs as, by the image's own files                            |
 //! | [`spec`]       | fills in what the OCI spec leaves to the guest                             |
 //! | [`cgroup`]     | control groups of containers and execs                                     |
+//! | [`device_filter`] | which devices a container may use                                       |
 //! | [`watch`]      | news from control groups: out of memory, empty                             |
 //! | [`container`]  | the table of containers and their life                                     |
 //! | [`launcher`]   | the re-executed, single-threaded process that forks containers and execs   |
@@ -35,6 +36,7 @@
 
 mod cgroup;
 mod container;
+mod device_filter;
 mod disk;
 mod events;
 mod fd;

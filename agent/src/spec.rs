@@ -11,6 +11,7 @@ use oci_spec::runtime::{
 use podvisor_proto::agent::ResolvedUser;
 
 use crate::cgroup;
+use crate::device_filter::{DeviceFilter, DeviceFilterError};
 use crate::sandbox::files;
 use crate::user::Account;
 
@@ -39,6 +40,9 @@ pub enum SpecError {
     /// Not shared between containers.
     #[error("namespace {0} cannot be the pod's")]
     NotShared(LinuxNamespaceType),
+    /// See [`DeviceFilterError`].
+    #[error(transparent)]
+    Devices(#[from] DeviceFilterError),
     /// A part that cannot be built again from itself.
     #[error("the spec is inconsistent: {0}")]
     Inconsistent(#[from] oci_spec::OciSpecError),
@@ -157,12 +161,18 @@ impl ContainerSpec {
             }
         }
         linux.set_namespaces(Some(namespaces));
+        let devices = linux
+            .resources()
+            .as_ref()
+            .and_then(|resources| resources.devices().as_deref());
+        let devices = DeviceFilter::compile(devices)?;
         let seccomp = linux.seccomp().clone();
         self.spec.set_linux(Some(linux));
         Ok(CompleteSpec {
             spec: self.spec,
             process,
             seccomp,
+            devices,
         })
     }
 }
@@ -175,6 +185,8 @@ pub struct CompleteSpec {
     pub process: Process,
     /// Filter of each exec.
     pub seccomp: Option<LinuxSeccomp>,
+    /// What devices the container may use, if that is restricted.
+    pub devices: Option<DeviceFilter>,
 }
 
 fn complete_process(process: &mut Process, account: &Account) -> Result<(), SpecError> {

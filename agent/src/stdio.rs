@@ -135,15 +135,14 @@ impl Relays {
             set_nonblocking(&console)?;
             let console = Arc::new(register(console, Interest::READABLE | Interest::WRITABLE)?);
             running.console = Some(Arc::clone(&console));
-            match self.terminal {
-                Some(socket) => running.relay_terminal(&console, socket),
-                None => {
-                    // Nobody looks, but the process must not block.
-                    let task = tokio::spawn(async move {
-                        let _ = relay::discard(&console).await;
-                    });
-                    running.outputs.push(task.abort_handle());
-                }
+            if let Some(socket) = self.terminal {
+                running.relay_terminal(&console, socket);
+            } else {
+                // Nobody looks, but the process must not block.
+                let task = tokio::spawn(async move {
+                    let _ = relay::discard(&console).await;
+                });
+                running.outputs.push(task.abort_handle());
             }
         }
         Ok(running)

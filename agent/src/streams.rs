@@ -136,10 +136,10 @@ impl Streams {
             Ok(Ok(_)) => {}
             Ok(Err(_)) | Err(_) => return,
         }
-        if let Some(taken) = self.offer(Token(token), socket) {
-            if timeout(MATCH_DEADLINE, taken).await.is_err() {
-                self.lock().parked.remove(&Token(token));
-            }
+        if let Some(taken) = self.offer(Token(token), socket)
+            && timeout(MATCH_DEADLINE, taken).await.is_err()
+        {
+            self.lock().parked.remove(&Token(token));
         }
     }
 

@@ -114,15 +114,12 @@ fn resolve_in<R: Read>(
         }
         true
     })?;
-    let gid = match (
-        wanted.gid,
-        group_name.is_empty(),
-        named_gid.or(group_number),
-    ) {
-        (Some(gid), _, _) => gid,
-        (None, true, _) => entry_gid,
-        (None, false, Some(gid)) => gid,
-        (None, false, None) => return Err(UserError::NoGroup(group_name.to_owned())),
+    let gid = match wanted.gid {
+        Some(gid) => gid,
+        None if group_name.is_empty() => entry_gid,
+        None => named_gid
+            .or(group_number)
+            .ok_or_else(|| UserError::NoGroup(group_name.to_owned()))?,
     };
 
     // The primary group comes first in the list, as containerd has it.
@@ -326,10 +323,11 @@ mod tests {
             pick in any::<prop::sample::Index>(),
         ) {
             let entries: Vec<_> = entries.into_iter().collect();
-            let passwd: String = entries
+            let lines: Vec<String> = entries
                 .iter()
-                .map(|(uid, (name, gid))| format!("{name}:x:{uid}:{gid}::/home/{uid}:/bin/sh\n"))
+                .map(|(uid, (name, gid))| format!("{name}:x:{uid}:{gid}::/home/{uid}:/bin/sh"))
                 .collect();
+            let passwd = lines.join("\n");
             let (uid, (name, _)) = pick.get(&entries);
             let resolve = |name: String| {
                 let user = User { name, ..User::default() };
@@ -346,13 +344,14 @@ mod tests {
         fn groups_are_the_memberships_without_repetition(
             groups in proptest::collection::vec((0_u32..50, any::<bool>()), 0..40),
         ) {
-            let text: String = groups
+            let lines: Vec<String> = groups
                 .iter()
                 .enumerate()
                 .map(|(index, (gid, member))| {
-                    format!("g{index}:x:{gid}:other,{}\n", if *member { "web,z" } else { "webber" })
+                    format!("g{index}:x:{gid}:other,{}", if *member { "web,z" } else { "webber" })
                 })
                 .collect();
+            let text = lines.join("\n");
             let user = User {
                 name: "web".to_owned(),
                 merge_image_groups: true,

@@ -28,6 +28,7 @@ struct Shared {
     events: Events,
 }
 
+#[derive(Clone)]
 enum Subject {
     Memory(Arc<MemoryWatch>),
     /// An exec's group, to be removed when it is empty.
@@ -36,6 +37,8 @@ enum Subject {
 
 /// Reports each kill for want of memory in one container, once.
 pub struct MemoryWatch {
+    /// None when there is nothing to watch.
+    descriptor: Option<WatchDescriptor>,
     container_id: String,
     cgroup: Cgroup,
     reported: Mutex<u64>,
@@ -69,20 +72,37 @@ impl Watch {
         Ok(watch)
     }
 
-    /// Watches a container's memory until its group is gone.
+    /// Watches a container's memory until [`Self::forget`].
     pub fn memory(&self, container_id: &str, cgroup: &Cgroup) -> Arc<MemoryWatch> {
+        let descriptor = self.add(cgroup, "memory.events");
         let memory = Arc::new(MemoryWatch {
+            descriptor,
             container_id: container_id.to_owned(),
             cgroup: cgroup.clone(),
             reported: Mutex::new(0),
             events: self.0.events.clone(),
         });
-        self.add(
-            cgroup,
-            "memory.events",
-            Subject::Memory(Arc::clone(&memory)),
-        );
+        if let Some(descriptor) = descriptor {
+            let subject = Subject::Memory(Arc::clone(&memory));
+            self.subjects().insert(descriptor, subject);
+        }
         memory
+    }
+
+    /// Ends all watches of a container. The kernel keeps them otherwise, group or not.
+    pub fn forget(&self, memory: &MemoryWatch) {
+        let leftovers: Vec<WatchDescriptor> = self
+            .subjects()
+            .iter()
+            .filter(|(_, subject)| match subject {
+                Subject::Leftover(cgroup) => memory.cgroup.is_above(cgroup),
+                Subject::Memory(_) => false,
+            })
+            .map(|(descriptor, _)| *descriptor)
+            .collect();
+        for descriptor in leftovers.into_iter().chain(memory.descriptor) {
+            self.end(descriptor);
+        }
     }
 
     /// Removes an exec's group as soon as it is empty.
@@ -90,22 +110,35 @@ impl Watch {
         if cgroup.remove().is_ok() {
             return;
         }
-        self.add(&cgroup, "cgroup.events", Subject::Leftover(cgroup.clone()));
+        let Some(descriptor) = self.add(&cgroup, "cgroup.events") else {
+            return;
+        };
         // It may have become empty before the watch was there.
-        if !cgroup.is_populated() {
-            let _ = cgroup.remove();
+        if !cgroup.is_populated() && cgroup.remove().is_ok() {
+            let _ = self.0.inotify.rm_watch(descriptor);
+        } else {
+            self.subjects()
+                .insert(descriptor, Subject::Leftover(cgroup));
         }
     }
 
-    fn add(&self, cgroup: &Cgroup, file: &str, subject: Subject) {
+    fn add(&self, cgroup: &Cgroup, file: &str) -> Option<WatchDescriptor> {
         let path = cgroup.file(file);
-        let added = self.0.inotify.add_watch(&path, AddWatchFlags::IN_MODIFY);
-        match added {
-            Ok(descriptor) => drop(self.subjects().insert(descriptor, subject)),
+        match self.0.inotify.add_watch(&path, AddWatchFlags::IN_MODIFY) {
+            Ok(descriptor) => Some(descriptor),
             // The group is gone, or its kernel has no memory controller (in development).
-            Err(Errno::ENOENT) => {}
-            Err(error) => kmsg::error!("cannot watch {}: {error}", path.display()),
+            Err(Errno::ENOENT) => None,
+            Err(error) => {
+                kmsg::error!("cannot watch {}: {error}", path.display());
+                None
+            }
         }
+    }
+
+    fn end(&self, descriptor: WatchDescriptor) {
+        self.subjects().remove(&descriptor);
+        // It may have ended by itself, with its file.
+        let _ = self.0.inotify.rm_watch(descriptor);
     }
 
     async fn run(self) {
@@ -123,20 +156,21 @@ impl Watch {
                 }
             };
             for event in events {
-                let mut subjects = self.subjects();
-                // IN_IGNORED: the watched file is gone, and with it the watch.
-                if event.mask.contains(AddWatchFlags::IN_IGNORED) {
-                    subjects.remove(&event.wd);
-                    continue;
-                }
-                match subjects.get(&event.wd) {
-                    Some(Subject::Memory(memory)) => memory.look(),
-                    Some(Subject::Leftover(cgroup)) if !cgroup.is_populated() => {
-                        let _ = cgroup.remove();
-                    }
-                    Some(Subject::Leftover(_)) | None => {}
-                }
+                self.look(event.wd);
             }
+        }
+    }
+
+    fn look(&self, descriptor: WatchDescriptor) {
+        let subject = self.subjects().get(&descriptor).cloned();
+        match subject {
+            Some(Subject::Memory(memory)) => memory.look(),
+            Some(Subject::Leftover(cgroup))
+                if !cgroup.is_populated() && cgroup.remove().is_ok() =>
+            {
+                self.end(descriptor);
+            }
+            Some(Subject::Leftover(_)) | None => {}
         }
     }
 

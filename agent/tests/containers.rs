@@ -4,7 +4,8 @@ mod support;
 
 use podvisor_proto::agent::event::Kind;
 use podvisor_proto::agent::{
-    ExecRequest, HelloRequest, ResizeRequest, SignalRequest, StartContainerRequest, Stdio,
+    ConfigureNetworkRequest, CreateContainerRequest, ExecRequest, HelloRequest, Interface,
+    ResizeRequest, Route, SignalRequest, StartContainerRequest, Stdio,
 };
 use serde_json::json;
 use support::local::{self, SCRATCH};
@@ -453,4 +454,114 @@ async fn a_start_without_its_stream_fails_and_can_be_repeated() {
     let (_, mut output) = guest.stream(9).await;
     guest.client.start_container(request).await.unwrap();
     assert_eq!(read(&mut output).await, "late\n");
+}
+
+#[tokio::test]
+async fn devices_are_those_of_the_spec() {
+    let mut guest = local::start().await;
+    let script = "mknod /tmp/zero c 1 5 && head -c 3 /tmp/zero | wc -c; mknod /tmp/loop b 7 0 && echo made; \
+        cat /tmp/loop > /dev/null";
+    let mut restricted = spec(&["sh", "-c", script]);
+    for set in ["bounding", "effective", "permitted"] {
+        restricted["process"]["capabilities"][set] = json!(["CAP_MKNOD", "CAP_DAC_OVERRIDE"]);
+    }
+    restricted["linux"]["resources"] = json!({ "devices": [{ "allow": false, "access": "rwm" }] });
+    let (out, err, code) = guest.run("c1", &restricted, "").await;
+    assert_eq!((out.as_str(), code), ("3\nmade\n", 1), "{err}");
+    assert!(err.contains("Operation not permitted"), "{err}");
+}
+
+#[tokio::test]
+async fn an_image_without_layers_is_an_empty_root() {
+    let mut guest = local::start().await;
+    guest.layer.length = 0;
+    let malformed = guest.create("c1", &spec(&["sh"]), "").await.unwrap_err();
+    assert_eq!(malformed.code(), Code::InvalidArgument);
+    let empty = CreateContainerRequest {
+        id: "c1".to_owned(),
+        layers: Vec::new(),
+        spec: spec(&["sh"]).to_string().into_bytes(),
+        user: None,
+    };
+    guest.client.create_container(empty).await.unwrap();
+    let error = guest.start_quietly("c1").await.unwrap_err();
+    assert_eq!(
+        error.message(),
+        "exec: \"sh\": executable file not found in $PATH"
+    );
+    assert_eq!(guest.remove("c1").await, []);
+}
+
+#[tokio::test]
+async fn the_network_becomes_as_it_was_made_outside() {
+    let mut guest = local::start().await;
+    guest.enter(&[
+        "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "far",
+    ]);
+    guest.enter(&["ip", "link", "set", "far", "up"]);
+    let request = ConfigureNetworkRequest {
+        interfaces: vec![Interface {
+            name: "eth0".to_owned(),
+            mac: "02:00:00:aa:bb:cc".to_owned(),
+            mtu: 1400,
+            addresses: vec!["10.1.2.3/24".to_owned(), "fd00::3/64".to_owned()],
+        }],
+        routes: [
+            ("0.0.0.0/0", "169.254.1.1"),
+            ("::/0", "fd00::1"),
+            ("192.0.2.0/24", ""),
+            ("198.51.100.0/24", "10.1.2.1"),
+        ]
+        .map(|(destination, gateway)| Route {
+            destination: destination.to_owned(),
+            gateway: gateway.to_owned(),
+            interface: String::new(),
+        })
+        .to_vec(),
+    };
+    // Twice: the second time changes nothing.
+    for _ in 0..2 {
+        guest
+            .client
+            .configure_network(request.clone())
+            .await
+            .unwrap();
+        let link = guest.enter(&["ip", "-o", "link", "show", "eth0"]);
+        assert!(
+            link.contains("mtu 1400") && link.contains("02:00:00:aa:bb:cc"),
+            "{link}"
+        );
+        assert!(link.contains(",UP"), "{link}");
+        let addresses = guest.enter(&["ip", "-o", "address", "show", "eth0"]);
+        assert!(
+            addresses.contains("10.1.2.3/24 brd 10.1.2.255"),
+            "{addresses}"
+        );
+        assert!(
+            addresses.contains("fd00::3/64") && addresses.contains("nodad"),
+            "{addresses}"
+        );
+        let routes = guest.enter(&["ip", "route"]);
+        assert!(
+            routes.contains("default via 169.254.1.1 dev eth0") && routes.contains("onlink"),
+            "{routes}"
+        );
+        assert!(routes.contains("192.0.2.0/24 dev eth0"), "{routes}");
+        assert!(
+            routes.contains("198.51.100.0/24 via 10.1.2.1 dev eth0"),
+            "{routes}"
+        );
+        let routes = guest.enter(&["ip", "-6", "route"]);
+        assert!(routes.contains("default via fd00::1 dev eth0"), "{routes}");
+        assert!(
+            guest
+                .enter(&["ip", "link", "show", "lo"])
+                .contains("LOOPBACK,UP")
+        );
+    }
+    let mut wrong = request;
+    wrong.routes[0].gateway = "fd00::1".to_owned();
+    wrong.interfaces[0].mac = "02:00".to_owned();
+    let refused = guest.client.configure_network(wrong).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
 }

@@ -148,7 +148,9 @@ fn a_network_that_is_gone_before_its_pod() {
         fs::remove_file(name.path()).expect("ours");
     }
     daemon.cri().remove_pod(&id);
-    daemon.assert_nothing_left();
+    // The bridge plugin takes its masquerading back only while it can look into the namespace.
+    daemon.assert_nothing_left_but(&["firewall"]);
+    daemon.instance.clear_firewall();
 }
 
 #[test]
@@ -198,12 +200,11 @@ fn logs_that_cannot_be_written() {
     daemon.crictl(&["pull", &busybox()]).ok();
     // A file where the directory is to be.
     let mut pod = daemon.pod("no-logs");
-    let id = daemon.run_pod(&pod);
     pod.config["log_directory"] = json!("/proc/version/logs");
-    let ran = daemon.try_create(&id, &pod, &shell("c", &busybox(), "true"));
+    let ran = daemon.try_run_pod(&pod);
     assert_ne!(ran.code, 0);
     assert!(ran.stderr.contains("/proc/version"), "{}", ran.stderr);
-    assert_eq!(daemon.cri().containers(), vec![]);
+    daemon.assert_nothing_left();
 
     // A disk that fills up under a log: the container goes on.
     let full = daemon.instance.dir().join("full");
@@ -214,6 +215,7 @@ fn logs_that_cannot_be_written() {
             .arg(&full),
     );
     pod.config["log_directory"] = json!(full);
+    let id = daemon.run_pod(&pod);
     let script = "seq 1 100000; touch /wrote; sleep 1000";
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), script));
     podvisor_tests::eventually("the container writes on", || {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use oci_spec::runtime::LinuxNamespaceType;
-use podvisor_proto::agent::{CreateContainerRequest, ResolvedUser, Segment};
+use podvisor_proto::agent::{CreateContainerRequest, ResolvedUser, Segment, User};
 
 use super::{
     Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, State, bundle, check_id,
@@ -76,6 +76,7 @@ impl Pod {
                 return Err(kernel("ending the container's processes")(error));
             }
             started.relays.end();
+            self.0.watch.forget(&started.memory);
         }
         container.end_execs();
 
@@ -152,7 +153,7 @@ fn write_bundle(
     rootfs: &Rootfs,
 ) -> Result<Container, ContainerError> {
     let root = Root::open(rootfs.path()).map_err(kernel("opening the root file system"))?;
-    let account = user::resolve(&root, request.user.as_ref().unwrap_or(&Default::default()))?;
+    let account = user::resolve(&root, request.user.as_ref().unwrap_or(&User::default()))?;
     // As other runtimes do: a working directory that the image lacks is made.
     root.create_directories(spec.cwd())
         .map_err(kernel("making the working directory"))?;
@@ -181,6 +182,7 @@ fn write_bundle(
         pod_pids,
         process: complete.process,
         seccomp,
+        devices: complete.devices,
         turn: tokio::sync::Mutex::default(),
         state: State::Created.into(),
         execs: Execs::default().into(),

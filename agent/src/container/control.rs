@@ -23,7 +23,8 @@ impl Pod {
             .ok()
             .and_then(|number| Signal::try_from(number).ok())
             .ok_or_else(|| ContainerError::Invalid(format!("no signal {}", request.signal)))?;
-        let Some((pidfd, cgroup)) = self.target(&request.container_id, &request.exec_id)? else {
+        let Some((pidfd, cgroup)) = self.target(&request.container_id, &request.exec_id, signal)?
+        else {
             return Ok(());
         };
         if request.all {
@@ -95,6 +96,7 @@ impl Pod {
         &self,
         container_id: &str,
         exec_id: &str,
+        signal: Signal,
     ) -> Result<Option<(Option<std::sync::Arc<OwnedFd>>, Cgroup)>, ContainerError> {
         let container = self.find(container_id)?;
         if exec_id.is_empty() {
@@ -106,7 +108,12 @@ impl Pod {
                 State::Removing => Ok(None),
             };
         }
-        let execs = container.execs();
+        let mut execs = container.execs();
+        if let Some(pending) = execs.starting.get_mut(exec_id) {
+            // It gets the signal as soon as it runs.
+            *pending = Some(signal);
+            return Ok(None);
+        }
         Ok(execs
             .get(exec_id)
             .map(|exec| (exec.pidfd.clone(), exec.cgroup.clone())))

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use nix::sys::signal::Signal;
 use oci_spec::runtime::Process;
 use podvisor_proto::agent::ExecRequest;
 use tokio::sync::oneshot;
@@ -27,7 +28,7 @@ impl Pod {
         }
         let container = self.find(&request.container_id)?;
         let fingerprint = fingerprint(&request);
-        let Some(_place) = Place::take(&container, &request.exec_id, fingerprint)? else {
+        let Some(place) = Place::take(&container, &request.exec_id, fingerprint)? else {
             return container.pid_of(&request.exec_id);
         };
         let stdio = request.stdio.clone().unwrap_or_default();
@@ -52,13 +53,17 @@ impl Pod {
         };
         exec.fingerprint = fingerprint;
         let pid = exec.pid;
-        container
-            .execs()
-            .running
-            .insert(request.exec_id.clone(), exec);
-        let pod = self.clone();
-        let container = Arc::clone(&container);
-        tokio::spawn(pod.await_exec(container, request.exec_id, exit));
+        let signal = place.fill(exec);
+        tokio::spawn(self.clone().await_exec(
+            Arc::clone(&container),
+            request.exec_id.clone(),
+            exit,
+        ));
+        if let Some(signal) = signal {
+            cgroup
+                .signal(signal)
+                .map_err(kernel("signalling a control group"))?;
+        }
         Ok(pid)
     }
 
@@ -168,13 +173,16 @@ impl Container {
 }
 
 /// The right to start one more exec, given back when the call ends.
-struct Place<'a>(&'a Container);
+struct Place<'a> {
+    container: &'a Container,
+    id: &'a str,
+}
 
 impl<'a> Place<'a> {
     /// None when the same exec is there already.
     fn take(
         container: &'a Container,
-        id: &str,
+        id: &'a str,
         fingerprint: u64,
     ) -> Result<Option<Self>, ContainerError> {
         let mut execs = container.execs();
@@ -185,17 +193,29 @@ impl<'a> Place<'a> {
                 Err(ContainerError::Exists(What::Exec(id.to_owned())))
             };
         }
-        if execs.running.len() + execs.starting >= RUNNING_EXEC_LIMIT {
+        if execs.running.len() + execs.starting.len() >= RUNNING_EXEC_LIMIT {
             return Err(ContainerError::TooMany("running execs"));
         }
-        execs.starting += 1;
-        Ok(Some(Self(container)))
+        if execs.starting.contains_key(id) {
+            return Err(ContainerError::State {
+                what: What::Exec(id.to_owned()),
+                state: "is being started",
+            });
+        }
+        execs.starting.insert(id.to_owned(), None);
+        Ok(Some(Self { container, id }))
+    }
+
+    /// The exec runs. Returns the signal that came before it did.
+    fn fill(self, exec: Exec) -> Option<Signal> {
+        let mut execs = self.container.execs();
+        execs.running.insert(self.id.to_owned(), exec);
+        execs.starting.remove(self.id).flatten()
     }
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        let mut execs = self.0.execs();
-        execs.starting = execs.starting.saturating_sub(1);
+        self.container.execs().starting.remove(self.id);
     }
 }

@@ -22,11 +22,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
 
+use nix::sys::signal::Signal;
 use oci_spec::runtime::Process;
 use podvisor_proto::agent::{ConfigureSandboxRequest, ResolvedUser, Stdio};
 use tokio::task::JoinError;
 
 use crate::cgroup::Cgroup;
+use crate::device_filter::DeviceFilter;
 use crate::disk::{Disk, DiskError};
 use crate::events::Events;
 use crate::launcher::{LaunchError, Launcher};
@@ -169,6 +171,7 @@ struct Container {
     process: Process,
     /// File with the seccomp filter of each exec.
     seccomp: Option<PathBuf>,
+    devices: Option<DeviceFilter>,
     turn: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     execs: Mutex<Execs>,
@@ -199,8 +202,8 @@ struct Execs {
     running: HashMap<String, Exec>,
     /// Oldest first.
     ended: VecDeque<(String, Exec)>,
-    /// Being launched.
-    starting: usize,
+    /// Being launched, with the signal that came meanwhile.
+    starting: HashMap<String, Option<Signal>>,
 }
 
 struct Exec {

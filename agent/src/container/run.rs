@@ -46,9 +46,14 @@ impl Pod {
         }
         let cgroup = Cgroup::create_for_container(&container.id)
             .map_err(kernel("making the control group"))?;
+        if let Some(devices) = &container.devices {
+            devices
+                .attach(&cgroup)
+                .map_err(kernel("restricting the use of devices"))?;
+        }
         let memory = self.0.watch.memory(&container.id, &cgroup);
         match self
-            .launch(&container, stdio, wiring, &cgroup, memory)
+            .launch(&container, stdio, wiring, &cgroup, Arc::clone(&memory))
             .await
         {
             Ok((started, exit)) => {
@@ -60,6 +65,7 @@ impl Pod {
             Err(error) => {
                 let id = container.id.clone();
                 tokio::task::spawn_blocking(move || undo_start(&id, &cgroup)).await?;
+                self.0.watch.forget(&memory);
                 Err(error)
             }
         }

@@ -22,7 +22,7 @@ use nix::unistd::{
     Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fchown, setgroups, setresgid, setresuid,
     setsid,
 };
-use oci_spec::runtime::{LinuxSeccomp, Process};
+use oci_spec::runtime::{Capabilities, LinuxCapabilities, LinuxSeccomp, Process};
 
 use super::executable;
 use super::message::{ExecRequest, FailureKind, Report, Reporter};
@@ -131,7 +131,7 @@ fn prepare(
     }
     chdir(process.cwd()).map_err(|error| Failure {
         kind: FailureKind::Program,
-        message: format!("chdir to {:?}: {}", process.cwd(), error.desc()),
+        message: format!("chdir to {}: {}", process.cwd().display(), error.desc()),
     })?;
     let groups: Vec<Gid> = process
         .user()
@@ -164,12 +164,12 @@ fn set_identity(process: &Process, syscall: &dyn Syscall) -> Result<(), Failure>
         .map_err(|error| Failure::other("setting user and group", &error))?;
     let capabilities = process.capabilities().clone().unwrap_or_else(|| {
         // No list: no capabilities (the spec's default, unlike the type's).
-        let mut none = oci_spec::runtime::LinuxCapabilities::default();
+        let mut none = LinuxCapabilities::default();
         none.set_bounding(None)
-            .set_effective(Some(Default::default()))
-            .set_permitted(Some(Default::default()))
-            .set_inheritable(Some(Default::default()))
-            .set_ambient(Some(Default::default()));
+            .set_effective(Some(Capabilities::new()))
+            .set_permitted(Some(Capabilities::new()))
+            .set_inheritable(Some(Capabilities::new()))
+            .set_ambient(Some(Capabilities::new()));
         none
     });
     capabilities::reset_effective(syscall)

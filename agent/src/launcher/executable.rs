@@ -134,7 +134,7 @@ mod tests {
         let no_program = file(directory.path(), "no-program", 0o755);
         let no_program = no_program.to_str().unwrap().to_owned();
         assert_eq!(
-            try_execute(&[no_program.clone()], &[]).unwrap_err(),
+            try_execute(std::slice::from_ref(&no_program), &[]).unwrap_err(),
             format!("exec {no_program}: exec format error")
         );
     }

@@ -115,13 +115,11 @@ impl Launcher {
             console: None,
             failure: None,
         };
-        match timeout(DEADLINE, reports.collect()).await {
-            Ok(result) => result?,
-            Err(_) => {
-                reports.kill();
-                return Err(LaunchError::Deadline);
-            }
-        }
+        let Ok(collected) = timeout(DEADLINE, reports.collect()).await else {
+            reports.kill();
+            return Err(LaunchError::Deadline);
+        };
+        collected?;
         reports.into_result()
     }
 

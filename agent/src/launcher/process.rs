@@ -57,14 +57,11 @@ fn serve() -> io::Result<()> {
             return Ok(());
         }
         // SAFETY: this process has one thread, so the child may do anything.
-        match unsafe { clone_for_parent() }? {
-            Some(_helper) => {}
-            None => {
-                drop(socket);
-                help(fds);
-                // SAFETY: ends the process; nothing is left to clean up.
-                unsafe { libc::_exit(0) }
-            }
+        if unsafe { clone_for_parent() }?.is_none() {
+            drop(socket);
+            help(fds);
+            // SAFETY: ends the process; nothing is left to clean up.
+            unsafe { libc::_exit(0) }
         }
     }
 }

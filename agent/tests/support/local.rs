@@ -57,6 +57,7 @@ pub async fn start() -> Guest {
     Guest {
         client,
         layer,
+        namespaces: Some(host.agent.id()),
         streams: Streams::Unix(socket.with_added_extension("streams")),
         _keep: Box::new((host, directory)),
     }

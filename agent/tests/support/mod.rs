@@ -36,6 +36,8 @@ pub struct Guest {
     /// One image layer with busybox.
     pub layer: Segment,
     streams: Streams,
+    /// A process of this machine whose namespaces the agent is in.
+    namespaces: Option<u32>,
     /// What has to live as long as the guest.
     _keep: Box<dyn std::any::Any + Send>,
 }
@@ -66,7 +68,7 @@ fn make_root(root: &Path) {
         std::fs::create_dir_all(root.join(directory)).unwrap();
     }
     std::fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-    let applets = "sh cat echo sleep id stty ps kill head wc true false ls grep tr hostname env dd touch date";
+    let applets = "sh cat echo sleep id stty ps kill head wc true false ls grep tr hostname env dd touch date mknod";
     for applet in applets.split(' ') {
         symlink("busybox", root.join("bin").join(applet)).unwrap();
     }
@@ -92,6 +94,15 @@ impl Guest {
         };
         stream.write_all(&token).await.unwrap();
         (token, stream)
+    }
+
+    /// Runs a program of this machine in the agent's network namespace.
+    pub fn enter(&self, arguments: &[&str]) -> String {
+        let target = self.namespaces.expect("a local agent").to_string();
+        command(
+            "nsenter",
+            &[&["--target", &target, "--net"], arguments].concat(),
+        )
     }
 
     pub async fn create(&mut self, id: &str, spec: &Value, user: &str) -> Result<Vec<u32>, Status> {

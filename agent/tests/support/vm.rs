@@ -107,7 +107,6 @@ pub async fn boot() -> Option<VmGuest> {
         net: None,
         disk,
         vsock: device,
-        work_dir: directory.path().into(),
         console: console_in.into(),
     };
     let qemu = QemuConfig {
@@ -138,6 +137,7 @@ pub async fn boot() -> Option<VmGuest> {
         guest: Guest {
             client,
             layer,
+            namespaces: None,
             streams: Streams::Vsock(vsock),
             _keep: Box::new((control, directory)),
         },
