@@ -162,6 +162,8 @@ impl Daemon {
         let network = match attached {
             Ok(network) => network,
             Err(error) => {
+                // A VM that failed at once took its tap along: then that is the reason.
+                let error = vm_failure(&monitor).await.unwrap_or(error);
                 monitor.kill();
                 return Err(error);
             }
@@ -318,7 +320,10 @@ impl Daemon {
             }
             let last = crate::monitor::read_state_file(&self.sandbox_dir(&pod.id));
             let record = pod.monitor_gone(last, "the sandbox was stopped", now_ns());
-            self.store.put_sandbox(record).await?;
+            // Goes on without: on a full disk there is room for a record only after the release.
+            if let Err(error) = self.store.put_sandbox(record).await {
+                warn!(sandbox = pod.id, %error, "cannot record the end of the VM yet");
+            }
         }
         self.release(&pod.record()).await?;
         self.store.put_sandbox(pod.stopped()).await?;
@@ -385,6 +390,17 @@ impl Daemon {
         netns?;
         files
     }
+}
+
+/// Why the VM is gone, if it is.
+async fn vm_failure(monitor: &Monitor) -> Option<Error> {
+    let snapshot = monitor.first_state().await?;
+    (snapshot.state() == monitor::SandboxState::Stopped).then(|| {
+        Error::Precondition(format!(
+            "the VM did not boot ({}): {}",
+            snapshot.reason, snapshot.message
+        ))
+    })
 }
 
 /// Address the guest's interface has until CNI's is set: locally administered, never on a wire.
