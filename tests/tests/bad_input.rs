@@ -413,7 +413,11 @@ fn a_client_that_goes_away_while_a_pod_starts() {
             move |mut c| async move { c.run_pod_sandbox(request).await },
             || eventually(what, || moment().then_some(())),
         );
-        eventually("the pod is undone", || cri.pods().is_empty().then_some(()));
+        // No call tells when it is undone.
+        eventually("the pod is undone", || {
+            daemon.pod_resources().is_empty().then_some(())
+        });
+        assert_eq!(cri.pods(), vec![]);
         daemon.assert_nothing_left();
     }
     // Its name is free.

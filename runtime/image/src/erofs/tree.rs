@@ -324,11 +324,14 @@ fn implied() -> Attributes {
     }
 }
 
+/// A path without its last part, and that part.
+type Split<'p> = (&'p [u8], &'p [u8]);
+
 /// Everything before the last part of an entry's path, and the last part. `None` for the root.
 ///
 /// An absolute path is taken from the layer's root, as tar and containerd do. `..` is refused even where it would stay
 /// in the layer.
-fn split_last(path: &[u8]) -> Result<Option<(&[u8], &[u8])>, TreeError> {
+fn split_last(path: &[u8]) -> Result<Option<Split<'_>>, TreeError> {
     if parts(path).any(|part| part == b"..") {
         return Err(TreeError::Escapes(lossy(path)));
     }

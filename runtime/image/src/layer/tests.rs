@@ -75,7 +75,7 @@ fn describe(fs: &EroFS<SliceImage<'_>>, inode: Inode, file_type: DirentFileType)
     let what = match file_type {
         DirentFileType::RegularFile => {
             let mut content = Vec::new();
-            fs.open_inode_file(inode.clone())
+            fs.open_inode_file(inode)
                 .unwrap()
                 .read_to_end(&mut content)
                 .unwrap();
@@ -85,9 +85,7 @@ fn describe(fs: &EroFS<SliceImage<'_>>, inode: Inode, file_type: DirentFileType)
             assert!(inode.is_dir());
             What::Directory
         }
-        DirentFileType::Symlink => {
-            What::Symlink(fs.read_link_inode(inode.clone()).unwrap().into_vec())
-        }
+        DirentFileType::Symlink => What::Symlink(fs.read_link_inode(inode).unwrap().into_vec()),
         DirentFileType::CharacterDevice => What::Char(device.0, device.1),
         DirentFileType::BlockDevice => What::Block(device.0, device.1),
         DirentFileType::Fifo => What::Fifo,
@@ -100,7 +98,7 @@ fn describe(fs: &EroFS<SliceImage<'_>>, inode: Inode, file_type: DirentFileType)
         uid: inode.uid(),
         gid: inode.gid(),
         mtime: Mtime { seconds, nanos },
-        xattrs: fs.xattrs_inode(inode.clone()).unwrap(),
+        xattrs: fs.xattrs_inode(inode).unwrap(),
         links: inode.nlink(),
     }
 }
@@ -354,7 +352,7 @@ fn zeroes_take_no_space_on_disk() {
 
 #[test]
 fn every_compression_and_the_diff_id() {
-    let tar = TarBuilder::default().file("a", &[7; 100_000]).end();
+    let tar = TarBuilder::default().file("a", &vec![7; 100_000]).end();
     // Padding behind the archive, as tar writes it, is part of the layer's digest.
     let tar = [tar, vec![0; 8192]].concat();
     let zstd = zstd::encode_all(tar.as_slice(), 3).unwrap();

@@ -6,11 +6,11 @@ use base64::engine::general_purpose::STANDARD;
 use super::*;
 use crate::Credentials;
 
-fn password(username: &str, password: &str) -> Option<Credentials> {
-    Some(Credentials::Password {
+fn password(username: &str, password: &str) -> Credentials {
+    Credentials::Password {
         username: username.to_owned(),
         password: password.to_owned(),
-    })
+    }
 }
 
 fn basic(text: &str) -> String {
@@ -85,7 +85,10 @@ async fn tokens() {
     let fixture = Fixture::new(&[b"a", b"b", b"c"]);
     let registry = with_tokens(&fixture, false).await;
     assert_eq!(
-        pull(&registry, password("user", "right")).await.unwrap().id,
+        pull(&registry, Some(password("user", "right")))
+            .await
+            .unwrap()
+            .id,
         fixture.id()
     );
     // One token for all requests.
@@ -114,7 +117,7 @@ async fn tokens() {
 async fn refused() {
     let fixture = Fixture::new(&[b"a"]);
     let registry = with_tokens(&fixture, false).await;
-    let wrong = pull(&registry, password("user", "wrong"))
+    let wrong = pull(&registry, Some(password("user", "wrong")))
         .await
         .unwrap_err();
     assert!(
@@ -186,7 +189,7 @@ async fn basic_authentication() {
             .header("WWW-Authenticate", "Basic realm=\"r\"")
     })
     .await;
-    assert!(pull(&registry, password("user", "p:w")).await.is_ok());
+    assert!(pull(&registry, Some(password("user", "p:w"))).await.is_ok());
     let first = &registry.requests()[0];
     assert!(
         !first.headers.contains_key("authorization"),
@@ -194,7 +197,7 @@ async fn basic_authentication() {
     );
     for credentials in [
         None,
-        password("user", "no"),
+        Some(password("user", "no")),
         Some(Credentials::RegistryToken("t".to_owned())),
     ] {
         let error = pull(&registry, credentials).await.unwrap_err();

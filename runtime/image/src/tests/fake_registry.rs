@@ -174,15 +174,9 @@ async fn serve(
     seen.lock().unwrap().push(request);
 
     let mut head = format!("HTTP/1.1 {} X\r\nConnection: close\r\n", reply.status);
-    if !reply
-        .headers
-        .iter()
-        .any(|(name, _)| name == "Content-Length")
-    {
-        head.push_str(&format!("Content-Length: {}\r\n", reply.body.len()));
-    }
-    for (name, value) in &reply.headers {
-        head.push_str(&format!("{name}: {value}\r\n"));
+    let length = ("Content-Length".to_owned(), reply.body.len().to_string());
+    for (name, value) in reply.headers.iter().chain([&length]) {
+        head.extend([name, ": ", value, "\r\n"]);
     }
     let sent = match reply.end {
         End::Silent => return std::future::pending().await,

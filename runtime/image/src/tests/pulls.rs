@@ -13,11 +13,11 @@ async fn an_image_by_tag_and_by_digest() {
     let image = node.pull(&by_digest).await.unwrap();
     assert_eq!(image.id, fixture.id());
     assert!(image.repo_tags.is_empty());
-    assert_eq!(image.repo_digests, [by_digest.clone()]);
+    assert_eq!(image.repo_digests, std::slice::from_ref(&by_digest));
 
     let image = node.pull(&by_tag).await.unwrap();
-    assert_eq!(image.repo_tags, [by_tag.clone()]);
-    assert_eq!(image.repo_digests, [by_digest.clone()]);
+    assert_eq!(image.repo_tags, std::slice::from_ref(&by_tag));
+    assert_eq!(image.repo_digests, std::slice::from_ref(&by_digest));
     assert_eq!(
         image.config.config().as_ref().unwrap().cmd().as_deref(),
         Some(&["/file".to_owned()][..])
@@ -59,7 +59,7 @@ async fn progress_reaches_the_total() {
         told.lock().unwrap().clear();
         node.store
             .pull(&reference, None, &|progress| {
-                told.lock().unwrap().push(progress)
+                told.lock().unwrap().push(progress);
             })
             .await
             .unwrap();
@@ -237,10 +237,11 @@ async fn blobs_behind_a_redirect() {
         if !request.headers.contains_key("authorization") {
             return Reply::error(401, "", "").header("WWW-Authenticate", "Basic");
         }
-        match request.path.contains("/blobs/") {
-            true => Reply::error(307, "", "")
-                .header("Location", &format!("http://{target}{}", request.path)),
-            false => honest.answer(request),
+        if request.path.contains("/blobs/") {
+            Reply::error(307, "", "")
+                .header("Location", &format!("http://{target}{}", request.path))
+        } else {
+            honest.answer(request)
         }
     })
     .await;

@@ -93,14 +93,15 @@ async fn a_tag_moves_to_the_image_pulled_last() {
     node.pull(&name).await.unwrap();
     *current.lock().unwrap() = new.clone();
     node.pull(&name).await.unwrap();
-    for node in [node.reopen()] {
+    {
+        let node = node.reopen();
         let (old, new) = (
             node.store.resolve(&old.id()).unwrap(),
             node.store.resolve(&new.id()).unwrap(),
         );
         assert!(old.repo_tags.is_empty());
         assert_eq!(old.repo_digests.len(), 1);
-        assert_eq!(new.repo_tags, [name.clone()]);
+        assert_eq!(new.repo_tags, std::slice::from_ref(&name));
         assert_eq!(node.store.resolve(&name), Some(new));
     }
 }

@@ -41,13 +41,8 @@ fn path() -> impl Strategy<Value = String> {
         1 => (200..=255usize, "[a-z]").prop_map(|(length, letter)| letter.repeat(length)),
         1 => prop::sample::select(vec!["d".to_owned(), "e".to_owned()]),
     ];
-    (prop::collection::vec(directory, 0..4), name).prop_map(|(directories, name)| {
-        directories
-            .into_iter()
-            .map(|directory| format!("{directory}/"))
-            .collect::<String>()
-            + &name
-    })
+    (prop::collection::vec(directory, 0..4), name)
+        .prop_map(|(directories, name)| [directories, vec![&name]].concat().join("/"))
 }
 
 fn new() -> impl Strategy<Value = New> {
