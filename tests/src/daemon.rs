@@ -159,6 +159,8 @@ impl Daemon {
                 "log = \"debug,h2=info,hyper=info,tower=info,tonic=info\"".to_owned(),
             ),
             ("vm", path("guest_dir", &options.guest_dir)),
+            // Machines that run tests may be slow, and busy with other things.
+            ("vm", "boot_timeout_s = 90".into()),
             ("network", path("conf_dir", &dir.join("net.d"))),
             ("image", path("certs_dir", &self.certs_dir())),
             (

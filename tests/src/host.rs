@@ -205,7 +205,7 @@ impl Instance {
     }
 
     /// Deletes [`Instance::firewall`] and the chains that its rules lead to.
-    fn clear_firewall(&self) {
+    pub fn clear_firewall(&self) {
         let iptables = |program: &str, arguments: &str| {
             // Rules are shown quoted for a shell.
             let line = format!("{program} -w -t nat {arguments}");

@@ -39,7 +39,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long anything may take that a test waits for. Long: machines without KVM, under load.
-pub const PATIENCE: Duration = Duration::from_mins(1);
+pub const PATIENCE: Duration = Duration::from_mins(2);
 
 /// The repository.
 pub fn repository() -> PathBuf {

@@ -11,7 +11,7 @@ use podvisor_tests::registry::busybox;
 use serde_json::{Value, json};
 
 /// A daemon whose VMs do not boot, and the error of a pod.
-fn does_not_boot(flaw: Flaw, code: &str) -> String {
+fn does_not_boot(flaw: Flaw, timeout_s: u64, code: &str) -> String {
     let dir = std::env::temp_dir().join(format!(
         "podvisor-test-guest-{}-{flaw:?}",
         std::process::id()
@@ -19,7 +19,7 @@ fn does_not_boot(flaw: Flaw, code: &str) -> String {
     let guest_dir = flawed(dir.clone(), flaw);
     let daemon = Daemon::start_with(&Options {
         guest_dir,
-        config: vec![("vm", "boot_timeout_s = 5".into())],
+        config: vec![("vm", format!("boot_timeout_s = {timeout_s}"))],
         ..Options::default()
     });
     let pod = daemon.pod("does-not-boot");
@@ -35,13 +35,13 @@ fn does_not_boot(flaw: Flaw, code: &str) -> String {
 
 #[test]
 fn a_kernel_that_is_none() {
-    let message = does_not_boot(Flaw::Garbage, "FailedPrecondition");
+    let message = does_not_boot(Flaw::Garbage, 60, "FailedPrecondition");
     assert!(message.to_lowercase().contains("kernel"), "{message}");
 }
 
 #[test]
 fn a_kernel_that_panics() {
-    let message = does_not_boot(Flaw::NoInit, "FailedPrecondition");
+    let message = does_not_boot(Flaw::NoInit, 60, "FailedPrecondition");
     assert!(
         message.contains("Kernel panic"),
         "the console's end: {message}"
@@ -50,9 +50,9 @@ fn a_kernel_that_panics() {
 
 #[test]
 fn a_guest_that_never_calls() {
-    let message = does_not_boot(Flaw::SilentInit, "DeadlineExceeded");
+    let message = does_not_boot(Flaw::SilentInit, 7, "DeadlineExceeded");
     assert!(message.contains(SILENT), "the console's end: {message}");
-    assert!(message.contains('5'), "how long it waited: {message}");
+    assert!(message.contains("7s"), "how long it waited: {message}");
 }
 
 /// The condition `NetworkReady` of `crictl info`.
@@ -148,7 +148,9 @@ fn a_network_that_is_gone_before_its_pod() {
         fs::remove_file(name.path()).expect("ours");
     }
     daemon.cri().remove_pod(&id);
-    daemon.assert_nothing_left();
+    // The bridge plugin takes its masquerading back only while it can look into the namespace.
+    daemon.assert_nothing_left_but(&["firewall"]);
+    daemon.instance.clear_firewall();
 }
 
 #[test]
@@ -198,12 +200,14 @@ fn logs_that_cannot_be_written() {
     daemon.crictl(&["pull", &busybox()]).ok();
     // A file where the directory is to be.
     let mut pod = daemon.pod("no-logs");
-    let id = daemon.run_pod(&pod);
     pod.config["log_directory"] = json!("/proc/version/logs");
+    let id = daemon.run_pod(&pod);
     let ran = daemon.try_create(&id, &pod, &shell("c", &busybox(), "true"));
     assert_ne!(ran.code, 0);
     assert!(ran.stderr.contains("/proc/version"), "{}", ran.stderr);
     assert_eq!(daemon.cri().containers(), vec![]);
+    daemon.crictl(&["rmp", "-f", &id]).ok();
+    daemon.assert_nothing_left();
 
     // A disk that fills up under a log: the container goes on.
     let full = daemon.instance.dir().join("full");
@@ -214,6 +218,7 @@ fn logs_that_cannot_be_written() {
             .arg(&full),
     );
     pod.config["log_directory"] = json!(full);
+    let id = daemon.run_pod(&pod);
     let script = "seq 1 100000; touch /wrote; sleep 1000";
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), script));
     podvisor_tests::eventually("the container writes on", || {

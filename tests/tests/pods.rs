@@ -234,3 +234,45 @@ fn removing_a_running_pod_removes_its_containers() {
     assert_eq!(daemon.cri().pods(), vec![]);
     daemon.assert_nothing_left();
 }
+
+#[test]
+fn what_comes_later_says_its_name() {
+    let daemon = Daemon::start();
+    let cri = daemon.cri();
+    let assert_later = |answer: Result<(), tonic::Status>, name: &str| {
+        let error = answer.expect_err(name);
+        assert_eq!(error.code(), tonic::Code::Unimplemented, "{error}");
+        assert!(error.message().contains(name), "{error}");
+    };
+    macro_rules! later {
+        ($call:ident, $method:ident, $request:ident) => {{
+            let name = stringify!($request).trim_end_matches("Request");
+            let request = podvisor_proto::cri::$request::default();
+            let answer = cri.$call(async |mut c| c.$method(request).await).map(drop);
+            assert_later(answer, name);
+        }};
+    }
+    later!(call, exec, ExecRequest);
+    later!(call, attach, AttachRequest);
+    later!(call, port_forward, PortForwardRequest);
+    later!(
+        call,
+        update_container_resources,
+        UpdateContainerResourcesRequest
+    );
+    later!(call, container_stats, ContainerStatsRequest);
+    later!(call, list_container_stats, ListContainerStatsRequest);
+    later!(call, pod_sandbox_stats, PodSandboxStatsRequest);
+    later!(call, list_pod_sandbox_stats, ListPodSandboxStatsRequest);
+    later!(call, stream_containers, StreamContainersRequest);
+    later!(call, list_metric_descriptors, ListMetricDescriptorsRequest);
+    later!(call, checkpoint_container, CheckpointContainerRequest);
+    later!(call, checkpoint_pod, CheckpointPodRequest);
+    later!(call, restore_pod, RestorePodRequest);
+    later!(
+        call,
+        update_pod_sandbox_resources,
+        UpdatePodSandboxResourcesRequest
+    );
+    later!(call_image, stream_images, StreamImagesRequest);
+}

@@ -174,17 +174,3 @@ fn dies(process: &str) {
     assert_eq!(daemon.inspect_pod(&new)["state"], "SANDBOX_READY");
     assert_eq!(daemon.leaks(), "");
 }
-
-#[test]
-fn a_guest_that_panics() {
-    let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
-    let pod = daemon
-        .pod("panics")
-        .with("linux", json!({"security_context": {"privileged": true}}));
-    let id = daemon.run_pod(&pod);
-    let mut config = shell("c", &busybox(), "echo c > /proc/sysrq-trigger; sleep 1000");
-    config["linux"] = json!({"security_context": {"privileged": true}});
-    let container = daemon.create_started(&id, &pod, &config);
-    assert_dead(&daemon, &id, &container);
-}

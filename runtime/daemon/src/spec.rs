@@ -690,13 +690,14 @@ mod tests {
     #[test]
     fn capabilities_add_and_drop() {
         let set = |add: &[&str], drop: &[&str]| {
-            let mut context = cri::LinuxContainerSecurityContext::default();
-            context.capabilities = Some(cri::Capability {
-                add_capabilities: add.iter().map(|&c| c.to_owned()).collect(),
-                drop_capabilities: drop.iter().map(|&c| c.to_owned()).collect(),
+            capabilities(&cri::LinuxContainerSecurityContext {
+                capabilities: Some(cri::Capability {
+                    add_capabilities: add.iter().map(|&c| c.to_owned()).collect(),
+                    drop_capabilities: drop.iter().map(|&c| c.to_owned()).collect(),
+                    ..Default::default()
+                }),
                 ..Default::default()
-            });
-            capabilities(&context)
+            })
         };
         assert_eq!(set(&[], &[]).unwrap().len(), 14);
         assert_eq!(set(&["ALL"], &[]).unwrap().len(), 41);
@@ -710,8 +711,10 @@ mod tests {
 
     #[test]
     fn a_privileged_container_needs_a_privileged_sandbox() {
-        let mut context = cri::LinuxContainerSecurityContext::default();
-        context.privileged = true;
+        let context = cri::LinuxContainerSecurityContext {
+            privileged: true,
+            ..Default::default()
+        };
         let error = build(&security(context), &sandbox(), &image()).unwrap_err();
         assert!(error.to_string().contains("privileged"), "{error}");
     }
@@ -749,11 +752,13 @@ mod tests {
     #[test]
     fn namespaces_are_shared_as_the_pod_says() {
         let pid = |mode: cri::NamespaceMode| {
-            let mut context = cri::LinuxContainerSecurityContext::default();
-            context.namespace_options = Some(cri::NamespaceOption {
-                pid: mode as i32,
+            let context = cri::LinuxContainerSecurityContext {
+                namespace_options: Some(cri::NamespaceOption {
+                    pid: mode as i32,
+                    ..Default::default()
+                }),
                 ..Default::default()
-            });
+            };
             namespaces(&context).map(|list| {
                 let pid = list.iter().find(|n| n.typ() == LinuxNamespaceType::Pid);
                 pid.unwrap().path().is_some()

@@ -165,7 +165,7 @@ fn docker_style_tls(directory: &Path) -> Result<Tls, HostsError> {
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("crt") => tls.ca.push(path),
             Some("cert") if tls.client.is_none() => {
-                tls.client = Some((path.clone(), Some(path.with_extension("key"))))
+                tls.client = Some((path.clone(), Some(path.with_extension("key"))));
             }
             _ => {}
         }
@@ -256,7 +256,7 @@ fn parse_host(
                 host.tls.ca = strings(value, key)?
                     .iter()
                     .map(|file| directory.join(file))
-                    .collect()
+                    .collect();
             }
             "client" => host.tls.client = client(value, directory)?,
             "header" => host.headers = headers(table(value, key)?)?,

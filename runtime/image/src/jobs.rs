@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use tracing::{debug, warn};
+use tracing::{Instrument, debug, warn};
 
 use crate::layer::{self, LayerError, blob};
 use crate::pull::{Progress, PullError};
@@ -51,7 +51,7 @@ pub(crate) async fn layer(
             layer: blob.digest.to_string(),
             done: done.min(blob.size),
             total: blob.size,
-        })
+        });
     };
     loop {
         let (job, is_ours) = match find_or_start(store, registry, blob, diff_id) {
@@ -64,7 +64,7 @@ pub(crate) async fn layer(
         match wait(&job, &tell).await {
             // Another pull's credentials or registry need not be as good as ours.
             Err(error) if !is_ours => {
-                debug!(%diff_id, %error, "another pull failed to get the layer")
+                debug!(%diff_id, %error, "another pull failed to get the layer");
             }
             result => return result,
         }
@@ -118,13 +118,14 @@ fn find_or_start(
         return Found::There(lease);
     }
     let (sender, state) = watch::channel(State::default());
-    let task = tokio::spawn(run(
+    let making = run(
         Arc::clone(store),
         Arc::clone(registry),
         blob.clone(),
         diff_id.clone(),
         sender,
-    ));
+    );
+    let task = tokio::spawn(making.in_current_span());
     let job = Arc::new(Job {
         task: task.abort_handle(),
         state,

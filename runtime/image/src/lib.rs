@@ -29,6 +29,10 @@ mod registry;
 pub mod scratch;
 mod store;
 mod tar;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use hosts::Registries;
 pub use limits::Limits;

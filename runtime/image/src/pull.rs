@@ -20,7 +20,8 @@ use crate::store::{Image, Inner, NewImage, StoreError, blocking};
 /// Indexes in indexes are allowed, and rare.
 const MAX_INDEX_DEPTH: usize = 4;
 
-/// What proves to a registry who asks. Given with each pull, never stored.
+/// What proves to a registry who asks. Given with each pull, never stored, and shown only to hosts that ask for it: the
+/// registry, and the mirrors that this node's configuration has for it.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credentials {
     /// User name and password, sent as basic authentication or to fetch a token.
@@ -239,7 +240,7 @@ async fn resolve(registry: &Registry, target: &Target) -> Result<(Digest, Manife
         match manifest::parse(&document.bytes, &document.media_type)? {
             Resolved::Manifest(manifest) => return Ok((resolved, manifest)),
             Resolved::Index(digest) => {
-                document = registry.manifest(&Target::Digest(digest)).await?
+                document = registry.manifest(&Target::Digest(digest)).await?;
             }
         }
     }

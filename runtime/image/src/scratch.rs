@@ -66,8 +66,15 @@ pub fn create(path: &Path, bytes: u64) -> io::Result<File> {
         let words = format!("a scratch disk of {bytes} bytes: {MIN_BYTES} to {MAX_BYTES} wanted");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
     }
-    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
-    let written = file.set_len(bytes / BLOCK * BLOCK).and_then(|()| Geometry::new(bytes / BLOCK).write(&file));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    let written = file
+        .set_len(bytes / BLOCK * BLOCK)
+        .and_then(|()| Geometry::new(bytes / BLOCK).write(&file));
     if let Err(error) = written {
         // The first error is the one to tell.
         let _ = std::fs::remove_file(path);
@@ -88,15 +95,27 @@ impl Geometry {
     fn new(blocks: u64) -> Self {
         // What is too short to be a group is left unused.
         let rest = blocks % BLOCKS_PER_GROUP;
-        let blocks = if rest < MIN_GROUP { blocks - rest } else { blocks };
+        let blocks = if rest < MIN_GROUP {
+            blocks - rest
+        } else {
+            blocks
+        };
         let groups = blocks.div_ceil(BLOCKS_PER_GROUP);
         let head = 1 + (groups * DESCRIPTOR as u64).div_ceil(BLOCK);
-        Self { blocks, groups, head }
+        Self {
+            blocks,
+            groups,
+            head,
+        }
     }
 
     /// First block of a group that is not the file system's own head.
     fn group_start(&self, group: u64) -> u64 {
-        if group == 0 { self.head } else { group * BLOCKS_PER_GROUP }
+        if group == 0 {
+            self.head
+        } else {
+            group * BLOCKS_PER_GROUP
+        }
     }
 
     fn group_blocks(&self, group: u64) -> u64 {
@@ -133,17 +152,28 @@ impl Geometry {
         let inode_at = |number: u32| table + u64::from(number - 1) * INODE_SIZE;
         let (root, lost_found) = (self.root_block(), self.root_block() + 1);
         file.write_all_at(&directory_inode(0o755, 3, root), inode_at(ROOT_INODE))?;
-        file.write_all_at(&directory_inode(0o700, 2, lost_found), inode_at(LOST_FOUND_INODE))?;
-        let entries = [(ROOT_INODE, "."), (ROOT_INODE, ".."), (LOST_FOUND_INODE, "lost+found")];
+        file.write_all_at(
+            &directory_inode(0o700, 2, lost_found),
+            inode_at(LOST_FOUND_INODE),
+        )?;
+        let entries = [
+            (ROOT_INODE, "."),
+            (ROOT_INODE, ".."),
+            (LOST_FOUND_INODE, "lost+found"),
+        ];
         file.write_all_at(&directory(&entries), root * BLOCK)?;
-        file.write_all_at(&directory(&[(LOST_FOUND_INODE, "."), (ROOT_INODE, "..")]), lost_found * BLOCK)
+        file.write_all_at(
+            &directory(&[(LOST_FOUND_INODE, "."), (ROOT_INODE, "..")]),
+            lost_found * BLOCK,
+        )
     }
 
     /// `struct ext4_super_block`.
     fn superblock(&self, out: &mut [u8]) {
         let used: u64 = (0..self.groups).map(|group| self.used_blocks(group)).sum();
         let inodes = self.groups * INODES_PER_GROUP;
-        let mut put = |offset: usize, bytes: &[u8]| out[offset..offset + bytes.len()].copy_from_slice(bytes);
+        let mut put =
+            |offset: usize, bytes: &[u8]| out[offset..offset + bytes.len()].copy_from_slice(bytes);
         for (offset, value) in [
             (0x00, inodes),
             (0x04, self.blocks),
@@ -158,7 +188,10 @@ impl Geometry {
             // Revision 1: features, inodes of any size.
             (0x4c, 1),
             (0x54, u64::from(LOST_FOUND_INODE)),
-            (0x5c, u64::from(COMPAT_EXT_ATTR | COMPAT_DIR_INDEX | COMPAT_SPARSE_SUPER2)),
+            (
+                0x5c,
+                u64::from(COMPAT_EXT_ATTR | COMPAT_DIR_INDEX | COMPAT_SPARSE_SUPER2),
+            ),
             (0x60, u64::from(INCOMPAT_FILETYPE | INCOMPAT_EXTENTS)),
             // Hashes of directory entries are of signed characters.
             (0x160, 1),
@@ -190,7 +223,11 @@ impl Geometry {
 
     fn descriptor(&self, group: u64, out: &mut [u8]) {
         let start = self.group_start(group);
-        let used_inodes = if group == 0 { u64::from(LOST_FOUND_INODE) } else { 0 };
+        let used_inodes = if group == 0 {
+            u64::from(LOST_FOUND_INODE)
+        } else {
+            0
+        };
         let directories: u16 = if group == 0 { 2 } else { 0 };
         let flags = match group {
             0 => BG_INODE_ZEROED,
@@ -200,7 +237,8 @@ impl Geometry {
         };
         let free_blocks = self.group_blocks(group) - self.used_blocks(group);
         let free_inodes = (INODES_PER_GROUP - used_inodes) as u16;
-        let mut put = |offset: usize, bytes: &[u8]| out[offset..offset + bytes.len()].copy_from_slice(bytes);
+        let mut put =
+            |offset: usize, bytes: &[u8]| out[offset..offset + bytes.len()].copy_from_slice(bytes);
         put(0x00, &(start as u32).to_le_bytes());
         put(0x04, &(start as u32 + 1).to_le_bytes());
         put(0x08, &(start as u32 + 2).to_le_bytes());
@@ -230,7 +268,8 @@ fn bitmap(used: std::ops::Range<u64>, end: u64) -> Vec<u8> {
 /// `struct ext4_inode` of a directory with one block.
 fn directory_inode(permissions: u16, links: u16, block: u64) -> Vec<u8> {
     let mut inode = vec![0; INODE_SIZE as usize];
-    let mut put = |offset: usize, bytes: &[u8]| inode[offset..offset + bytes.len()].copy_from_slice(bytes);
+    let mut put =
+        |offset: usize, bytes: &[u8]| inode[offset..offset + bytes.len()].copy_from_slice(bytes);
     put(0x00, &(0o040_000 | permissions).to_le_bytes());
     put(0x04, &(BLOCK as u32).to_le_bytes());
     put(0x1a, &links.to_le_bytes());
@@ -271,7 +310,9 @@ fn directory(entries: &[(u32, &str)]) -> Vec<u8> {
 fn crc16(parts: &[&[u8]]) -> u16 {
     const POLYNOMIAL: u16 = 0xa001;
     parts.iter().copied().flatten().fold(u16::MAX, |crc, byte| {
-        (0..8).fold(crc ^ u16::from(*byte), |crc, _| (crc >> 1) ^ (POLYNOMIAL & (crc & 1).wrapping_neg()))
+        (0..8).fold(crc ^ u16::from(*byte), |crc, _| {
+            (crc >> 1) ^ (POLYNOMIAL & (crc & 1).wrapping_neg())
+        })
     })
 }
 
@@ -303,9 +344,21 @@ mod tests {
             let file = create(&path, bytes).unwrap();
             let metadata = file.metadata().unwrap();
             assert_eq!(metadata.len(), bytes / BLOCK * BLOCK);
-            assert!(metadata.blocks() * 512 < 128 << 10, "{bytes}: {} sectors", metadata.blocks());
-            let check = Command::new("e2fsck").arg("-fn").arg(&path).output().unwrap();
-            assert!(check.status.success(), "{bytes}: {}", String::from_utf8_lossy(&check.stdout));
+            assert!(
+                metadata.blocks() * 512 < 128 << 10,
+                "{bytes}: {} sectors",
+                metadata.blocks()
+            );
+            let check = Command::new("e2fsck")
+                .arg("-fn")
+                .arg(&path)
+                .output()
+                .unwrap();
+            assert!(
+                check.status.success(),
+                "{bytes}: {}",
+                String::from_utf8_lossy(&check.stdout)
+            );
         }
     }
 
@@ -314,11 +367,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         for bytes in [0, MIN_BYTES - 1, MAX_BYTES + 1, u64::MAX] {
-            assert_eq!(create(&path, bytes).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(
+                create(&path, bytes).unwrap_err().kind(),
+                io::ErrorKind::InvalidInput
+            );
             assert!(!path.exists());
         }
         create(&path, MIN_BYTES).unwrap();
-        assert_eq!(create(&path, MIN_BYTES).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(
+            create(&path, MIN_BYTES).unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists
+        );
         assert!(path.exists());
     }
 }

@@ -18,7 +18,7 @@ pub struct Usage {
     pub private: u64,
     /// Proportional share of guest RAM: what of it is resident, divided by who maps it.
     pub guest_ram_pss: u64,
-    /// Size of the guest RAM mapping.
+    /// Size of guest RAM: the VMM maps it in one piece, our devices perhaps each for itself.
     pub guest_ram_size: u64,
 }
 
@@ -27,7 +27,7 @@ pub struct Usage {
 pub struct Process {
     /// Its id.
     pub pid: u32,
-    /// As the kernel shows it (15 bytes).
+    /// File name of its binary.
     pub name: String,
     /// Its memory.
     pub usage: Usage,
@@ -51,11 +51,14 @@ pub fn of_pod(monitor_pid: u32) -> io::Result<Vec<Process>> {
 
 /// One process.
 pub fn process(pid: u32) -> io::Result<Process> {
-    let name = fs::read_to_string(format!("/proc/{pid}/comm"))?;
+    let binary = fs::read_link(format!("/proc/{pid}/exe"))?;
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     Ok(Process {
         pid,
-        name: name.trim().to_owned(),
+        name: binary
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default(),
         usage: usage(&smaps),
     })
 }
@@ -105,7 +108,7 @@ fn usage(smaps: &str) -> Usage {
             let size = end - start;
             is_guest_ram = path.starts_with(GUEST_RAM) && size >= GUEST_RAM_MIN_BYTES;
             if is_guest_ram {
-                total.guest_ram_size += size;
+                total.guest_ram_size = total.guest_ram_size.max(size);
             }
             continue;
         }
@@ -146,6 +149,8 @@ Size:             262144 kB
 Pss:               30000 kB
 Private_Dirty:     29000 kB
 VmFlags: rd wr sh
+7f0010000000-7f0020000000 rw-s 00000000 00:01 99                         /memfd:memory-backend-memfd (deleted)
+Pss:                   0 kB
 7f0020000000-7f0020001000 rw-s 00000000 00:01 100                        /memfd:vhost-inflight (deleted)
 Pss:                   4 kB
 Private_Dirty:         4 kB
@@ -186,7 +191,7 @@ Private_Dirty:         8 kB
         let processes = of_pod(std::process::id()).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(processes.iter().any(|process| process.name == "sleep"));
+        assert!(processes.iter().any(|process| process.pid == child.id()));
         assert!(processes[0].usage.pss > 0 && processes[0].usage.private > 0);
     }
 }

@@ -110,10 +110,11 @@ impl Bench {
         }
         all.add(format!("{group}/a pod every"), Unit::Milliseconds, wall);
 
+        let mut memory = Samples::default();
         for running in &pods {
-            all.append(memory_of_pod(running).await?);
+            memory.append(memory_of_pod(running).await?);
         }
-        all.append(memory_of_podvisord(&self.socket)?);
+        memory.append(memory_of_podvisord(&self.socket)?);
 
         let begin = Instant::now();
         let removed: Vec<Samples> = stream::iter(pods)
@@ -126,6 +127,7 @@ impl Bench {
             all.append(samples);
         }
         all.add(format!("{group}/a removal every"), Unit::Milliseconds, wall);
+        all.append(memory);
         Ok(all)
     }
 

@@ -7,7 +7,7 @@ const DIRENT: usize = 12;
 
 /// A name in a directory, `.` and `..` included.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Name<'a> {
+pub(super) struct Entry<'a> {
     pub(super) name: &'a [u8],
     pub(super) nid: u64,
     pub(super) file_type: u8,
@@ -27,16 +27,16 @@ pub(super) fn size<'a>(names: impl Iterator<Item = &'a [u8]>) -> u64 {
     full + last
 }
 
-/// The content of a directory with these names, which must be sorted.
+/// The content of a directory with these entries, which must be sorted.
 ///
 /// In each block: the entries, then their names without gaps. The first entry's name offset tells how many there are.
 /// Names do not end with NUL, but the rest of a block is zero.
-pub(super) fn content(names: &[Name<'_>]) -> Vec<u8> {
+pub(super) fn content(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut content = Vec::new();
-    let mut rest = names;
+    let mut rest = entries;
     while !rest.is_empty() {
         let mut used = 0;
-        let fits = |name: &&Name<'_>| {
+        let fits = |name: &&Entry<'_>| {
             used += DIRENT + name.name.len();
             used <= BLOCK as usize
         };
@@ -51,7 +51,7 @@ pub(super) fn content(names: &[Name<'_>]) -> Vec<u8> {
     content
 }
 
-fn write_block(block: &[Name<'_>], content: &mut Vec<u8>) {
+fn write_block(block: &[Entry<'_>], content: &mut Vec<u8>) {
     let mut name_offset = block.len() * DIRENT;
     for entry in block {
         content.extend_from_slice(&entry.nid.to_le_bytes());

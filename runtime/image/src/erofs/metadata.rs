@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 
-use super::directory::{self, Name};
+use super::directory::{self, Entry};
 use super::tree::{Inode, InodeId, Node, ROOT, Tree};
 use super::{BLOCK, Xattrs};
 use crate::tar::Mtime;
@@ -16,6 +16,8 @@ const COMPACT: u64 = 32;
 const EXTENDED: u64 = 64;
 /// The first inode's slot. Not 0: that would be inode number 0, which readdir(3) has long taken for no entry.
 const FIRST_SLOT: u64 = 2;
+/// The root is the first inode, so that its number fits the superblock's 16 bits.
+pub(super) const ROOT_NID: u16 = FIRST_SLOT as u16;
 
 const LAYOUT_FLAT_PLAIN: u16 = 0;
 const LAYOUT_FLAT_INLINE: u16 = 2;
@@ -121,11 +123,6 @@ impl Layout {
         })
     }
 
-    /// The root is the first inode, so that its number fits the superblock's 16 bits.
-    pub(super) fn root_nid(&self) -> u16 {
-        FIRST_SLOT as u16
-    }
-
     pub(super) fn write(&self, tree: &Tree, file: &File) -> io::Result<()> {
         // Two passes over the directories, each writing forward: content blocks, then inodes.
         let mut out = BufWriter::with_capacity(1 << 20, file);
@@ -225,9 +222,9 @@ impl Layout {
             .chain(dots)
             .collect();
         entries.sort_unstable_by_key(|(name, _)| *name);
-        let names: Vec<Name<'_>> = entries
+        let names: Vec<Entry<'_>> = entries
             .into_iter()
-            .map(|(name, child)| Name {
+            .map(|(name, child)| Entry {
                 name,
                 nid: self.nids[child as usize],
                 file_type: dirent_type(&tree.inodes[child as usize].node),

@@ -54,12 +54,12 @@ fn write_superblock(layout: &metadata::Layout, file: &File) -> io::Result<()> {
     let mut block = vec![0u8; BLOCK as usize];
     let superblock = &mut block[SUPERBLOCK_OFFSET..];
     let mut put = |offset: usize, bytes: &[u8]| {
-        superblock[offset..offset + bytes.len()].copy_from_slice(bytes)
+        superblock[offset..offset + bytes.len()].copy_from_slice(bytes);
     };
     put(0, &MAGIC.to_le_bytes());
     put(8, &(COMPAT_CHECKSUM | COMPAT_MTIME).to_le_bytes());
     put(12, &[BLOCK_BITS]);
-    put(14, &layout.root_nid().to_le_bytes());
+    put(14, &metadata::ROOT_NID.to_le_bytes());
     put(16, &layout.inodes.to_le_bytes());
     put(24, &layout.epoch.seconds.to_le_bytes());
     put(32, &layout.epoch.nanos.to_le_bytes());

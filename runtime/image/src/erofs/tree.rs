@@ -73,7 +73,7 @@ pub(crate) enum TreeError {
     NotADirectory(String),
     #[error("{0:?} has too many symbolic links or parts")]
     TooManyLinks(String),
-    #[error("a part of {0:?} is longer than {MAX_NAME} bytes")]
+    #[error("the name {0:?} is longer than {MAX_NAME} bytes")]
     NameTooLong(String),
     #[error("the target of hard link {0:?} is not in the layer")]
     NoTarget(String),
@@ -217,6 +217,9 @@ impl Tree {
     }
 
     fn name(&mut self, directory: InodeId, name: &[u8], inode: InodeId) -> Result<(), TreeError> {
+        if name.len() > MAX_NAME {
+            return Err(TreeError::NameTooLong(lossy(name)));
+        }
         self.account(name.len())?;
         self.entries += 1;
         if self.entries > self.max_entries {
@@ -271,7 +274,6 @@ impl Tree {
                 }
                 continue;
             }
-            check_name(&part, path)?;
             let Some(child) = self
                 .child(at, &part)
                 .filter(|child| !(create && self.is_whiteout(*child)))
@@ -322,18 +324,20 @@ fn implied() -> Attributes {
     }
 }
 
+/// A path without its last part, and that part.
+type Split<'p> = (&'p [u8], &'p [u8]);
+
 /// Everything before the last part of an entry's path, and the last part. `None` for the root.
 ///
 /// An absolute path is taken from the layer's root, as tar and containerd do. `..` is refused even where it would stay
 /// in the layer.
-fn split_last(path: &[u8]) -> Result<Option<(&[u8], &[u8])>, TreeError> {
+fn split_last(path: &[u8]) -> Result<Option<Split<'_>>, TreeError> {
     if parts(path).any(|part| part == b"..") {
         return Err(TreeError::Escapes(lossy(path)));
     }
     let Some(name) = parts(path).next_back() else {
         return Ok(None);
     };
-    check_name(name, path)?;
     // `name` is a part of `path`: what is before it ends where it begins.
     let start = name.as_ptr() as usize - path.as_ptr() as usize;
     Ok(Some((&path[..start], name)))
@@ -342,14 +346,6 @@ fn split_last(path: &[u8]) -> Result<Option<(&[u8], &[u8])>, TreeError> {
 fn parts(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     path.split(|byte| *byte == b'/')
         .filter(|part| !part.is_empty() && *part != b".")
-}
-
-fn check_name(name: &[u8], path: &[u8]) -> Result<(), TreeError> {
-    if name.len() > MAX_NAME {
-        Err(TreeError::NameTooLong(lossy(path)))
-    } else {
-        Ok(())
-    }
 }
 
 /// For messages; cut where it would fill a log.

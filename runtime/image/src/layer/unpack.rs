@@ -108,22 +108,17 @@ impl Unpack<'_> {
             let path = String::from_utf8_lossy(&entry.path).into_owned();
             return Err(crate::erofs::TreeError::Escapes(path).into());
         }
-        match self.tree.child(parent, name) {
+        if let Some(present) = self.tree.child(parent, name) {
             // What this layer has there hides the lower one, but a directory would be merged with it.
-            Some(present) => self.tree.set_opaque(present),
-            None => {
-                let attributes = Attributes {
-                    mtime: entry.mtime,
-                    ..Attributes::default()
-                };
-                self.tree.insert(
-                    parent,
-                    name,
-                    attributes,
-                    Node::CharDevice { major: 0, minor: 0 },
-                )?;
-            }
+            self.tree.set_opaque(present);
+            return Ok(());
         }
+        let attributes = Attributes {
+            mtime: entry.mtime,
+            ..Attributes::default()
+        };
+        let node = Node::CharDevice { major: 0, minor: 0 };
+        self.tree.insert(parent, name, attributes, node)?;
         Ok(())
     }
 

@@ -157,13 +157,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn parsed(realm: &str, service: Option<&str>, scope: Option<&str>) -> Option<Challenge> {
+    fn parsed(realm: &str, service: Option<&str>, scope: Option<&str>) -> Challenge {
         let owned = |text: Option<&str>| text.map(str::to_owned);
-        Some(Challenge::Bearer {
+        Challenge::Bearer {
             realm: realm.to_owned(),
             service: owned(service),
             scope: owned(scope),
-        })
+        }
     }
 
     #[test]
@@ -172,19 +172,19 @@ mod tests {
             challenge(
                 r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:library/busybox:pull""#
             ),
-            parsed(
+            Some(parsed(
                 "https://auth.docker.io/token",
                 Some("registry.docker.io"),
                 Some("repository:library/busybox:pull")
-            )
+            ))
         );
         assert_eq!(
             challenge(r#"bearer REALM="https://a/t" , service=b"#),
-            parsed("https://a/t", Some("b"), None)
+            Some(parsed("https://a/t", Some("b"), None))
         );
         assert_eq!(
             challenge(r#"Bearer realm="a\"b,c",x="y""#),
-            parsed("a\"b,c", None, None)
+            Some(parsed("a\"b,c", None, None))
         );
         assert_eq!(
             challenge(r#"Basic realm="Registry""#),

@@ -12,7 +12,7 @@ use reqwest::{Certificate, Identity, Url};
 use crate::hosts::{Host, Tls, is_loopback};
 
 /// Idle connections are kept for a node's next pull, but not for ever.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_mins(1);
 
 /// Clients by how they check hosts. Made when first needed, then kept.
 #[derive(Debug, Default)]

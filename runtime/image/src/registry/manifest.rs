@@ -177,19 +177,18 @@ fn index(manifests: &[RawDescriptor]) -> Result<Resolved, ManifestError> {
             best = Some((score, entry));
         }
     }
-    match best {
-        Some((_, entry)) => Ok(Resolved::Index(descriptor(entry)?.digest)),
-        None => {
-            let offered = manifests.iter().map(|entry| {
-                let platform = entry.platform.clone().unwrap_or_default();
-                format!("{}/{}", platform.os, platform.architecture)
-            });
-            let offered = offered.take(20).collect::<Vec<_>>().join(", ");
-            Err(ManifestError::NoPlatform {
-                platform: format!("linux/{ARCHITECTURE}"),
-                offered,
-            })
-        }
+    if let Some((_, entry)) = best {
+        Ok(Resolved::Index(descriptor(entry)?.digest))
+    } else {
+        let offered = manifests.iter().map(|entry| {
+            let platform = entry.platform.clone().unwrap_or_default();
+            format!("{}/{}", platform.os, platform.architecture)
+        });
+        let offered = offered.take(20).collect::<Vec<_>>().join(", ");
+        Err(ManifestError::NoPlatform {
+            platform: format!("linux/{ARCHITECTURE}"),
+            offered,
+        })
     }
 }
 

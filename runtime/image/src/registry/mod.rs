@@ -158,7 +158,7 @@ impl Registry {
 
     /// Downloads a blob into `out`, from the first of the hosts from number `first` on that has it. A download that
     /// breaks goes on where it broke, on the same host and then on the next ones. `received` is told how many bytes
-    /// there are so far. Returns the number of the host that gave the last bytes.
+    /// there are so far. Returns the number of the host that gave the first bytes: the first to suspect if they are wrong.
     pub(crate) async fn download(
         &self,
         blob: &Descriptor,
@@ -168,6 +168,7 @@ impl Registry {
     ) -> Result<usize, RegistryError> {
         let mut failures = Vec::new();
         let mut offset = 0;
+        let mut giver = None;
         for (number, host) in self
             .hosts
             .iter()
@@ -178,11 +179,14 @@ impl Registry {
             let mut retry = Retry::new(&self.limits);
             loop {
                 let start = offset;
-                match self
+                let result = self
                     .download_from(host, blob, &mut offset, out, received)
-                    .await
-                {
-                    Ok(()) => return Ok(number),
+                    .await;
+                if offset > start {
+                    giver.get_or_insert(number);
+                }
+                match result {
+                    Ok(()) => return Ok(giver.unwrap_or(number)),
                     Err(failure) => {
                         if offset - start >= PROGRESS {
                             retry = Retry::new(&self.limits);

@@ -28,7 +28,7 @@ pub(super) struct RawHeader {
 }
 
 impl RawHeader {
-    pub(super) fn parse(block: Block, at: u64) -> Result<Self, TarError> {
+    pub(super) fn parse(block: &Block, at: u64) -> Result<Self, TarError> {
         let stored = number(&block[148..156]).ok_or(TarError::Checksum { at })?;
         let checksum_field = 148..156;
         let bytes = || {
@@ -53,7 +53,7 @@ impl RawHeader {
             _ => Format::V7,
         };
         Ok(Self {
-            block,
+            block: *block,
             at,
             format,
             flag: block[156],

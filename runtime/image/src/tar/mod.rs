@@ -136,15 +136,14 @@ impl<R: BufRead> TarReader<R> {
             let Some(block) = self.header_block()? else {
                 return Ok(None);
             };
-            let header = RawHeader::parse(block, start)?;
+            let header = RawHeader::parse(&block, start)?;
             match header.flag {
                 b'x' => pending.pax = Pax::parse(&self.special(&header)?, start)?,
-                // Go and containerd do not apply global headers. What git and others put there is a comment.
-                b'g' => drop(self.special(&header)?),
+                // Global headers (Go and containerd do not apply them; what git and others put there is a comment)
+                // and GNU's label of the whole archive.
+                b'g' | b'V' => drop(self.special(&header)?),
                 b'L' => pending.long_name = Some(until_nul(&self.special(&header)?).to_vec()),
                 b'K' => pending.long_link = Some(until_nul(&self.special(&header)?).to_vec()),
-                // A label of the whole archive (GNU).
-                b'V' => drop(self.special(&header)?),
                 _ => return self.entry(&header, pending).map(Some),
             }
         }

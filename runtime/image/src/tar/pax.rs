@@ -52,21 +52,21 @@ impl Pax {
         match key {
             b"path" => self.path = some.then(|| value.to_vec()),
             b"linkpath" => self.linkpath = some.then(|| value.to_vec()),
-            b"size" => self.size = optional(value).ok_or(invalid("size"))?,
-            b"uid" => self.uid = optional(value).ok_or(invalid("uid"))?,
-            b"gid" => self.gid = optional(value).ok_or(invalid("gid"))?,
+            b"size" => self.size = optional(value, invalid("size"))?,
+            b"uid" => self.uid = optional(value, invalid("uid"))?,
+            b"gid" => self.gid = optional(value, invalid("gid"))?,
             b"mtime" if some => self.mtime = Some(time(value).ok_or(invalid("modification time"))?),
             b"GNU.sparse.name" => {
-                self.sparse.name = (some && !value.contains(&0)).then(|| value.to_vec())
+                self.sparse.name = (some && !value.contains(&0)).then(|| value.to_vec());
             }
             b"GNU.sparse.major" => {
-                self.sparse.major = optional(value).ok_or(invalid("sparse version"))?
+                self.sparse.major = optional(value, invalid("sparse version"))?;
             }
             b"GNU.sparse.minor" => {
-                self.sparse.minor = optional(value).ok_or(invalid("sparse version"))?
+                self.sparse.minor = optional(value, invalid("sparse version"))?;
             }
             b"GNU.sparse.size" | b"GNU.sparse.realsize" => {
-                self.sparse.size = optional(value).ok_or(invalid("sparse size"))?;
+                self.sparse.size = optional(value, invalid("sparse size"))?;
             }
             b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
                 // The two alternate, beginning with an offset.
@@ -151,12 +151,12 @@ pub(super) fn decimal<T: std::str::FromStr>(digits: &[u8]) -> Option<T> {
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
-fn optional<T: std::str::FromStr>(value: &[u8]) -> Option<Option<T>> {
+/// A number, or nothing.
+fn optional<T: std::str::FromStr>(value: &[u8], invalid: TarError) -> Result<Option<T>, TarError> {
     if value.is_empty() {
-        Some(None)
-    } else {
-        decimal(value).map(Some)
+        return Ok(None);
     }
+    decimal(value).map(Some).ok_or(invalid)
 }
 
 /// `-?SECONDS[.FRACTION]`; digits beyond nanoseconds are cut.
@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn records() {
         let pax =
-            parse(b"12 path=a/b\n30 SCHILY.xattr.user.x=a\0=\nb\n20 mtime=-1.5000001\n").unwrap();
+            parse(b"12 path=a/b\n29 SCHILY.xattr.user.x=a\0=\nb\n20 mtime=-1.5000001\n").unwrap();
         assert_eq!(pax.path.as_deref(), Some(&b"a/b"[..]));
         assert_eq!(pax.xattrs, [(b"user.x".to_vec(), b"a\0=\nb".to_vec())]);
         assert_eq!(
@@ -216,13 +216,12 @@ mod tests {
             b"5",
             b"99 path=a\n",
             b"7 path=a\n",
-            b"8 path=\n",
             b"0 a=b\n",
             b"-1 a=b\n",
             b"+6 a=b\n",
             b"4 =\n",
             b"9 size=-\n",
-            b"9 size=-1\n",
+            b"11 size=-1\n",
             b"18446744073709551616 a=b\n",
             b"14 uid=4294967296\n",
             b"3 \n",

@@ -4,6 +4,8 @@
 //! about to be unlinked. A layer file lives as long as someone holds it: an image in the database, or a pull in
 //! progress through a [`LayerLease`]. Both counts are in memory and rebuilt at open, when nothing is in progress.
 
+mod records;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io;
@@ -11,13 +13,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use oci_spec::image::ImageConfiguration;
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
-use serde::{Deserialize, Serialize};
+use redb::Database;
 use tempfile::NamedTempFile;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use crate::hosts::Registries;
 use crate::jobs::Jobs;
@@ -25,9 +26,6 @@ use crate::layer::NewLayer;
 use crate::limits::Limits;
 use crate::pull::{self, Credentials, Progress, PullError};
 use crate::reference::{Digest, Reference, Target, is_sha256_hex};
-
-/// Image id (`sha256:…` of its configuration) to a [`Record`] as JSON.
-const IMAGES: TableDefinition<&str, &[u8]> = TableDefinition::new("image_records");
 
 /// The images of this node. Clones share one store.
 #[derive(Clone)]
@@ -131,24 +129,6 @@ impl StoreError {
     fn database(error: impl Into<redb::Error>) -> Self {
         Self::Database(Box::new(error.into()))
     }
-}
-
-/// An image as the database keeps it.
-#[derive(Serialize, Deserialize)]
-struct Record {
-    repo_tags: Vec<String>,
-    repo_digests: Vec<String>,
-    layers: Vec<LayerRecord>,
-    /// The configuration's own bytes: the id is their digest.
-    config: String,
-    /// Since the epoch, nanoseconds.
-    pulled_at: u64,
-}
-
-#[derive(Serialize, Deserialize)]
-struct LayerRecord {
-    diff_id: String,
-    length: u64,
 }
 
 /// An image whose layers are all there, about to become visible.
@@ -329,39 +309,11 @@ impl Inner {
             .and_then(|dir| dir.sync_all())
             .map_err(StoreError::file("sync", &self.layers_dir))?;
 
-        let (changed, image) = self.plan_image(&new);
-        let transaction = self.db.begin_write().map_err(StoreError::database)?;
-        {
-            let mut table = transaction
-                .open_table(IMAGES)
-                .map_err(StoreError::database)?;
-            let previous = table
-                .get(image.id.as_str())
-                .map_err(StoreError::database)?
-                .is_some();
-            debug!(image = image.id, previous, "image complete");
-            let record = Record::new(&image, new.config_json.clone());
-            table
-                .insert(image.id.as_str(), record.to_json().as_slice())
-                .map_err(StoreError::database)?;
-            for other in &changed {
-                let mut record = match table.get(other.id.as_str()).map_err(StoreError::database)? {
-                    Some(json) => match serde_json::from_slice::<Record>(json.value()) {
-                        Ok(record) => record,
-                        Err(_) => continue,
-                    },
-                    None => continue,
-                };
-                record.repo_tags.clone_from(&other.repo_tags);
-                table
-                    .insert(other.id.as_str(), record.to_json().as_slice())
-                    .map_err(StoreError::database)?;
-            }
-        }
-        transaction.commit().map_err(StoreError::database)?;
+        let (retagged, image) = self.plan_image(&new);
+        self.write_records(&image, &new.config_json, &retagged)?;
 
         let mut state = self.state();
-        for other in changed {
+        for other in retagged {
             state.images.insert(other.id.clone(), other);
         }
         let known = state
@@ -387,7 +339,7 @@ impl Inner {
             Some(image) => (image.repo_tags.clone(), image.repo_digests.clone()),
             None => (Vec::new(), Vec::new()),
         };
-        let mut changed = Vec::new();
+        let mut retagged = Vec::new();
         if let Target::Tag(_) = new.reference.target() {
             let tag = new.reference.to_string();
             for other in state
@@ -397,7 +349,7 @@ impl Inner {
             {
                 let mut other = Image::clone(other);
                 other.repo_tags.retain(|known| *known != tag);
-                changed.push(Arc::new(other));
+                retagged.push(Arc::new(other));
             }
             push_unique(&mut repo_tags, tag);
         }
@@ -424,7 +376,7 @@ impl Inner {
         let config = new.config.clone();
         let pulled_at = SystemTime::now();
         (
-            changed,
+            retagged,
             Arc::new(Image {
                 id,
                 repo_tags,
@@ -442,13 +394,7 @@ impl Inner {
         let Some(image) = self.state().resolve(name) else {
             return Ok(false);
         };
-        let transaction = self.db.begin_write().map_err(StoreError::database)?;
-        transaction
-            .open_table(IMAGES)
-            .map_err(StoreError::database)?
-            .remove(image.id.as_str())
-            .map_err(StoreError::database)?;
-        transaction.commit().map_err(StoreError::database)?;
+        self.delete_records(std::slice::from_ref(&image.id))?;
 
         let mut trash = Vec::new();
         let mut state = self.state();
@@ -459,7 +405,9 @@ impl Inner {
             }
         }
         drop(state);
-        trash.into_iter().for_each(|path| remove_file(&path));
+        for path in &trash {
+            remove_file(path);
+        }
         Ok(true)
     }
 
@@ -484,134 +432,6 @@ impl Inner {
                 None
             }
         }
-    }
-
-    /// Reads the database into memory.
-    fn load(&self) -> Result<(), StoreError> {
-        let mut damaged = Vec::new();
-        let transaction = self.db.begin_write().map_err(StoreError::database)?;
-        // Makes the table if the database is new.
-        transaction
-            .open_table(IMAGES)
-            .map_err(StoreError::database)?;
-        transaction.commit().map_err(StoreError::database)?;
-
-        let transaction = self.db.begin_read().map_err(StoreError::database)?;
-        let table = transaction
-            .open_table(IMAGES)
-            .map_err(StoreError::database)?;
-        for row in table.iter().map_err(StoreError::database)? {
-            let (id, json) = row.map_err(StoreError::database)?;
-            match self.load_image(id.value(), json.value()) {
-                Ok(image) => self.insert_loaded(image),
-                Err(reason) => {
-                    warn!(
-                        image = id.value(),
-                        reason, "image is damaged and will be dropped: pull it again"
-                    );
-                    damaged.push(id.value().to_owned());
-                }
-            }
-        }
-        if damaged.is_empty() {
-            return Ok(());
-        }
-        let transaction = self.db.begin_write().map_err(StoreError::database)?;
-        {
-            let mut table = transaction
-                .open_table(IMAGES)
-                .map_err(StoreError::database)?;
-            for id in damaged {
-                table.remove(id.as_str()).map_err(StoreError::database)?;
-            }
-        }
-        transaction.commit().map_err(StoreError::database)
-    }
-
-    fn load_image(
-        &self,
-        id: &str,
-        json: &[u8],
-    ) -> Result<(Image, Vec<(Digest, LayerUse)>), String> {
-        let record: Record =
-            serde_json::from_slice(json).map_err(|error| format!("record: {error}"))?;
-        let config = serde_json::from_str(&record.config)
-            .map_err(|error| format!("configuration: {error}"))?;
-        let mut size = record.config.len() as u64;
-        let (mut layers, mut uses) = (Vec::new(), Vec::new());
-        for LayerRecord { diff_id, length } in record.layers {
-            let diff_id: Digest = diff_id.parse().map_err(|error| format!("{error}"))?;
-            let path = self.layer_path(&diff_id);
-            let metadata =
-                fs::metadata(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-            if metadata.len() != length {
-                return Err(format!(
-                    "{}: {} bytes, {length} wanted",
-                    path.display(),
-                    metadata.len()
-                ));
-            }
-            let disk_bytes = metadata.blocks() * 512;
-            let layer = Layer {
-                diff_id: diff_id.to_string(),
-                path,
-                length,
-            };
-            if !layers.contains(&layer) {
-                size += disk_bytes;
-            }
-            layers.push(layer);
-            uses.push((
-                diff_id,
-                LayerUse {
-                    holders: 1,
-                    length,
-                    disk_bytes,
-                },
-            ));
-        }
-        let image = Image {
-            id: id.to_owned(),
-            repo_tags: record.repo_tags,
-            repo_digests: record.repo_digests,
-            size,
-            config,
-            layers,
-            pulled_at: SystemTime::UNIX_EPOCH + Duration::from_nanos(record.pulled_at),
-        };
-        Ok((image, uses))
-    }
-
-    fn insert_loaded(&self, (image, uses): (Image, Vec<(Digest, LayerUse)>)) {
-        let mut state = self.state();
-        for (diff_id, layer) in uses {
-            state
-                .layers
-                .entry(diff_id)
-                .and_modify(|known| known.holders += 1)
-                .or_insert(layer);
-        }
-        state.images.insert(image.id.clone(), Arc::new(image));
-    }
-
-    /// Removes every file that no image has: at open nothing is in progress.
-    fn remove_leftovers(&self) -> Result<(), StoreError> {
-        let state = self.state();
-        let kept: Vec<PathBuf> = state
-            .layers
-            .keys()
-            .map(|diff_id| self.layer_path(diff_id))
-            .collect();
-        for dir in [&self.layers_dir, &self.tmp_dir] {
-            for entry in fs::read_dir(dir).map_err(StoreError::file("list", dir))? {
-                let path = entry.map_err(StoreError::file("list", dir))?.path();
-                if !kept.contains(&path) {
-                    debug!(path = %path.display(), "removing what an interrupted pull left");
-                    remove_file(&path);
-                }
-            }
-        }
-        Ok(())
     }
 }
 
@@ -645,33 +465,6 @@ impl State {
             (Some((_, image)), None) => Some(Arc::clone(image)),
             _ => None,
         }
-    }
-}
-
-impl Record {
-    fn new(image: &Image, config: String) -> Self {
-        Self {
-            repo_tags: image.repo_tags.clone(),
-            repo_digests: image.repo_digests.clone(),
-            layers: image
-                .layers
-                .iter()
-                .map(|layer| LayerRecord {
-                    diff_id: layer.diff_id.clone(),
-                    length: layer.length,
-                })
-                .collect(),
-            config,
-            pulled_at: image
-                .pulled_at
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0, |since| since.as_nanos() as u64),
-        }
-    }
-
-    fn to_json(&self) -> Vec<u8> {
-        // Strings and integers alone: there is nothing that JSON could not hold.
-        serde_json::to_vec(self).unwrap_or_default()
     }
 }
 

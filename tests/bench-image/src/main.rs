@@ -1,4 +1,4 @@
-//! Writes the image that `make bench` pulls: `bench-image DIR` makes an OCI layout in DIR, tag
+//! Writes the image that `make bench` pulls: `podvisor-bench-image DIR` makes an OCI layout in DIR, tag
 //! "latest", of 5 layers with 40 MB of files each, the same bytes every time.
 //!
 //! What matters for a pull is how many files there are, how large they are and how well they
@@ -24,7 +24,9 @@ const LARGE_ONE_IN: u64 = 200;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 fn main() -> Result<()> {
-    let dir = std::env::args().nth(1).ok_or("usage: bench-image DIR")?;
+    let dir = std::env::args()
+        .nth(1)
+        .ok_or("usage: podvisor-bench-image DIR")?;
     let dir = Path::new(&dir);
     fs::create_dir_all(dir.join("blobs/sha256"))?;
 
