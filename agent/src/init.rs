@@ -123,12 +123,13 @@ async fn serve(options: Options, init_started: u64) -> Result<(), InitError> {
     tokio::spawn(streams.serve(stream_listener));
 
     if let Some(path) = options.listen {
-        set_up_guest()?;
-        pod.launcher().start().map_err(step("the launcher"))?;
+        mount_all()?;
         let listener = Listener::bind(&Address::Unix(path)).map_err(step("listening"))?;
-        return server::listen(service, listener)
-            .await
-            .map_err(step("accepting"));
+        let serving = server::listen(service, listener);
+        return tokio::select! {
+            served = serving => served.map_err(step("accepting")),
+            error = prepare_for_containers(pod) => Err(error),
+        };
     }
     // The host's answer takes a moment; the mounts fill it.
     let dialling = tokio::spawn({
@@ -141,11 +142,25 @@ async fn serve(options: Options, init_started: u64) -> Result<(), InitError> {
     });
     tokio::task::yield_now().await;
     move_root().map_err(step("moving the root file system"))?;
-    set_up_guest()?;
-    pod.launcher().start().map_err(step("the launcher"))?;
+    mount_all()?;
     let first = async { dialling.await.map_err(io::Error::other)? };
-    server::dial(service, first).await;
-    Ok(())
+    tokio::select! {
+        () = server::dial(service, first) => Ok(()),
+        error = prepare_for_containers(pod) => Err(error),
+    }
+}
+
+/// What the first container needs and no call before it. Returns only when it fails.
+async fn prepare_for_containers(pod: Pod) -> InitError {
+    let control_groups = tokio::task::spawn_blocking(cgroup::set_up).await;
+    let prepared = control_groups
+        .map_err(io::Error::from)
+        .and_then(|result| result)
+        .and_then(|()| pod.start_launcher());
+    match prepared {
+        Ok(()) => std::future::pending().await,
+        Err(error) => step("preparing for containers")(error),
+    }
 }
 
 /// /dev, and standard streams, which PID 1 does not have when the guest has no console.
@@ -185,8 +200,8 @@ fn move_root() -> io::Result<()> {
     Ok(())
 }
 
-/// Everything that containers need and the first call does not.
-fn set_up_guest() -> Result<(), InitError> {
+/// Mounts everything that a guest has, and what else the sandbox's configuration needs.
+fn mount_all() -> Result<(), InitError> {
     let guarded = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount_at("proc", "proc", "/proc", guarded, "")?;
     mount_at("sysfs", "sysfs", "/sys", guarded, "")?;
@@ -222,7 +237,6 @@ fn set_up_guest() -> Result<(), InitError> {
     }
     fs::create_dir_all(Path::new(crate::sandbox::DIRECTORY).join("containers"))
         .map_err(step("/run/podvisor"))?;
-    cgroup::set_up().map_err(step("control groups"))?;
     set_loopback_up().map_err(step("the loopback interface"))
 }
 

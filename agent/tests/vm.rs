@@ -106,3 +106,29 @@ async fn limits_are_the_cgroups() {
     let (out, err, _) = guest.run("c1", &limited, "").await;
     assert_eq!(out, "33554432\n20000 100000\n100\n50\n", "{err}");
 }
+
+#[tokio::test]
+async fn the_agent_dials_again_and_has_forgotten_nothing() {
+    let Some(mut vm) = vm::boot().await else {
+        return;
+    };
+    let guest = &mut vm.guest;
+    guest.create("c1", &spec(&["false"]), "").await.unwrap();
+    guest
+        .create("c2", &spec(&["sleep", "1000"]), "")
+        .await
+        .unwrap();
+    let pid = guest.start_quietly("c2").await.unwrap();
+    vm.reconnect().await;
+    let guest = &mut vm.guest;
+    guest
+        .client
+        .hello(HelloRequest { version: 1 })
+        .await
+        .unwrap();
+    assert_eq!(guest.start_quietly("c2").await.unwrap(), pid);
+    guest.start_quietly("c1").await.unwrap();
+    assert_eq!(guest.exit_code("c1", "").await, 1);
+    vm.reconnect().await;
+    assert_eq!(vm.guest.exit_code("c1", "").await, 1);
+}

@@ -25,6 +25,7 @@ use std::{fmt, io};
 use nix::sys::signal::Signal;
 use oci_spec::runtime::Process;
 use podvisor_proto::agent::{ConfigureSandboxRequest, ResolvedUser, Stdio};
+use tokio::sync::watch;
 use tokio::task::JoinError;
 
 use crate::cgroup::Cgroup;
@@ -146,6 +147,8 @@ struct Shared {
     /// Whether the pid namespace that containers share is there.
     pid_namespace: tokio::sync::Mutex<bool>,
     launcher: Launcher,
+    /// Whether containers can be started.
+    prepared: watch::Sender<bool>,
     reaper: Reaper,
     streams: Streams,
     events: Events,
@@ -233,6 +236,7 @@ impl Pod {
             })),
             pid_namespace: tokio::sync::Mutex::default(),
             launcher: Launcher::default(),
+            prepared: watch::Sender::new(false),
             reaper,
             streams,
             events,
@@ -240,9 +244,11 @@ impl Pod {
         }))
     }
 
-    /// The launcher, so that it can be started before it is needed.
-    pub fn launcher(&self) -> &Launcher {
-        &self.0.launcher
+    /// Starts the launcher; from then on, containers can be started. Those that wait for it go on.
+    pub fn start_launcher(&self) -> io::Result<()> {
+        self.0.launcher.start()?;
+        self.0.prepared.send_replace(true);
+        Ok(())
     }
 
     /// The events of this pod.

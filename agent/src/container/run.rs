@@ -41,6 +41,8 @@ impl Pod {
         let wiring = claimed
             .connect(container.user.uid, container.user.gid)
             .map_err(kernel("making the standard streams"))?;
+        // The sender is ours, so this ends only with what it waits for.
+        let _ = self.0.prepared.subscribe().wait_for(|ready| *ready).await;
         if container.pod_pids {
             self.ensure_pid_namespace().await?;
         }

@@ -9,9 +9,9 @@ use hyper_util::rt::TokioIo;
 use podvisor_proto::agent::agent_client::AgentClient;
 use podvisor_proto::agent::{ConfigureSandboxRequest, Segment};
 use podvisor_vmm::qemu::{self, Accel, QemuConfig, TscMeter};
-use podvisor_vmm::{Access, SegmentMap, VmConfig, Vmm, VsockDevice};
+use podvisor_vmm::{Access, SegmentMap, VmConfig, Vmm, VsockDevice, VsockListener};
 use tokio::time::timeout;
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
 
 use super::{Guest, PATIENCE, Streams, command, make_root, sandbox};
 
@@ -21,6 +21,7 @@ const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 pub struct VmGuest {
     pub guest: Guest,
     pub vmm: Box<dyn Vmm>,
+    control: VsockListener,
     /// What the guest has written to its console.
     pub console: Console,
 }
@@ -114,20 +115,9 @@ pub async fn boot() -> Option<VmGuest> {
         accel: Accel::Tcg,
     };
     let vmm = qemu::start(config, qemu).await.unwrap();
-    let dialled = timeout(PATIENCE, control.accept()).await.ok().flatten();
-    let Some(connection) = dialled else {
+    let Some(mut client) = accept(&mut control).await else {
         panic!("the guest does not dial: {}", console.text());
     };
-    let connection = Mutex::new(Some(connection));
-    let channel = Endpoint::from_static("http://agent")
-        .connect_with_connector(tower::service_fn(move |_| {
-            let connection = connection.lock().unwrap().take();
-            let connection = connection.ok_or_else(|| io::Error::other("it broke"));
-            async { Ok::<_, io::Error>(TokioIo::new(connection?)) }
-        }))
-        .await
-        .unwrap();
-    let mut client = AgentClient::new(channel);
     let configuration = ConfigureSandboxRequest {
         time_ns: std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64,
         ..sandbox(scratch)
@@ -139,9 +129,35 @@ pub async fn boot() -> Option<VmGuest> {
             layer,
             namespaces: None,
             streams: Streams::Vsock(vsock),
-            _keep: Box::new((control, directory)),
+            _keep: Box::new(directory),
         },
         vmm,
+        control,
         console,
     })
+}
+
+impl VmGuest {
+    /// Ends the connection to the agent and takes the next one that it dials.
+    pub async fn reconnect(&mut self) {
+        // The old connection ends with its last handle: the placeholder has none.
+        let nowhere = Endpoint::from_static("http://agent").connect_lazy();
+        self.guest.client = AgentClient::new(nowhere);
+        self.guest.client = accept(&mut self.control).await.expect("the agent dials");
+    }
+}
+
+/// The next connection that the agent dials.
+async fn accept(control: &mut VsockListener) -> Option<AgentClient<Channel>> {
+    let connection = timeout(PATIENCE, control.accept()).await.ok()??;
+    let connection = Mutex::new(Some(connection));
+    let channel = Endpoint::from_static("http://agent")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let connection = connection.lock().unwrap().take();
+            let connection = connection.ok_or_else(|| io::Error::other("it broke"));
+            async { Ok::<_, io::Error>(TokioIo::new(connection?)) }
+        }))
+        .await
+        .unwrap();
+    Some(AgentClient::new(channel))
 }
