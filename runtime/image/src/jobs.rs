@@ -66,7 +66,12 @@ pub(crate) async fn layer(
             Err(error) if !is_ours => {
                 debug!(%diff_id, %error, "another pull failed to get the layer");
             }
-            result => return result,
+            Err(error) => return Err(error),
+            Ok(lease) => {
+                // The last piece and the end may have come as one change.
+                tell(blob.size);
+                return Ok(lease);
+            }
         }
     }
 }
