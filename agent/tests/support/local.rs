@@ -124,8 +124,8 @@ fn remove_cgroups(cgroup: &Path) {
 
 async fn connect(socket: PathBuf) -> AgentClient<Channel> {
     let deadline = tokio::time::Instant::now() + PATIENCE;
-    // The only wait of these tests that looks again: a socket file tells nobody when it appears.
-    while !socket.exists() {
+    // The only wait of these tests that looks again: a socket tells nobody when it begins to listen.
+    while UnixStream::connect(&socket).await.is_err() {
         assert!(tokio::time::Instant::now() < deadline, "the agent listens");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
