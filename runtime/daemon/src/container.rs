@@ -70,7 +70,7 @@ impl Daemon {
             image_id: image.id.clone(),
             created_ns: now_ns() as i64,
             log_path: log_path(&sandbox_config, &config),
-            stop_signal: spec::stop_signal(&config, &image.config),
+            stop_signal: spec::signal::stop(&config, &image.config),
             config: Some(config.clone()),
         };
 
