@@ -25,6 +25,9 @@ pub enum DeviceError {
     Io(#[from] std::io::Error),
 }
 
+/// In what [`VirtioDevice::process`] returns: configuration space has changed.
+pub const CONFIG_CHANGED: u32 = 1 << 31;
+
 /// Why [`VirtioDevice::process`] is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceEvent {
@@ -54,7 +57,8 @@ pub trait VirtioDevice: Send {
     /// Readable when the device has work that the guest did not cause.
     fn wake_fd(&self) -> Option<RawFd>;
 
-    /// Does the work that `event` announces. Returns the queues whose driver may need an interrupt: bit i is queue i.
+    /// Does the work that `event` announces. Returns the queues whose driver may need an interrupt: bit i is queue i,
+    /// with [`CONFIG_CHANGED`] if it has.
     ///
     /// A queue that is not ready is skipped.
     ///
@@ -75,12 +79,13 @@ pub trait VirtioDevice: Send {
 #[derive(Debug)]
 pub struct QueueRef<'a> {
     queue: &'a mut Queue,
+    used: u64,
 }
 
 impl<'a> QueueRef<'a> {
     /// Wraps a queue. A transport that has stopped it clears its ready flag first.
     pub fn new(queue: &'a mut Queue) -> Self {
-        Self { queue }
+        Self { queue, used: 0 }
     }
 
     /// Whether the driver has set the queue up.
@@ -114,7 +119,13 @@ impl<'a> QueueRef<'a> {
         head: u16,
         written: u32,
     ) -> Result<(), DeviceError> {
+        self.used += 1;
         Ok(self.queue.add_used(memory, head, written)?)
+    }
+
+    /// Chains given back so far.
+    pub fn used(&self) -> u64 {
+        self.used
     }
 
     /// Asks the driver not to tell us of new buffers, while we take them anyway.

@@ -1,11 +1,12 @@
 //! Virtual machines, and the virtio devices podvisor owns.
 //!
 //! - [`vm`]: what a VM is made of ([`VmConfig`]) and the trait that every backend implements ([`Vmm`])
-//! - [`kvm`]: our own backend; so far whether KVM works here
+//! - [`kvm`]: our own backend, a VM of KVM's in this process
 //! - [`qemu`]: the backend that runs QEMU as a child process
 //! - [`device`]: [`VirtioDevice`], the trait of our devices, which knows nothing of any transport
 //! - [`devices`]: the devices: [`devices::disk`] (segments of files as one disk) and [`devices::vsock`]
 //!   (virtio-vsock in user space)
+//! - [`served`]: a device with its queues and counters, as every transport has it
 //! - `vhost_user`: serves a [`VirtioDevice`] to QEMU
 //! - [`buffers`]: a descriptor chain as slices of guest memory, read and written by system calls directly
 
@@ -14,6 +15,7 @@ pub mod device;
 pub mod devices;
 pub mod kvm;
 pub mod qemu;
+pub mod served;
 #[cfg(test)]
 mod test_queue;
 mod vhost_user;
@@ -22,4 +24,5 @@ pub mod vm;
 pub use device::{DeviceError, DeviceEvent, QueueRef, VirtioDevice};
 pub use devices::disk::{Access, Segment, SegmentDisk, SegmentError, SegmentMap};
 pub use devices::vsock::{VsockDevice, VsockHandle, VsockListener};
-pub use vm::{ExitReason, NetConfig, VmConfig, Vmm};
+pub use served::{DeviceStats, QueueStats};
+pub use vm::{ExitReason, NetConfig, VmConfig, VmStats, Vmm};

@@ -2,12 +2,19 @@
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::process::ExitStatus;
 
+use nix::sys::stat::fstat;
+
 use crate::devices::disk::SegmentMap;
 use crate::devices::vsock::VsockDevice;
+use crate::served::DeviceStats;
+
+/// Least guest memory: the kernel and its initramfs unpacked, with nothing to spare.
+const MIN_MEMORY_BYTES: u64 = 64 << 20;
 
 /// A VM to start. The backend owns everything in it until the VM is gone.
 #[derive(Debug)]
@@ -34,6 +41,37 @@ pub struct VmConfig {
     pub console: OwnedFd,
 }
 
+impl VmConfig {
+    /// Whether such a VM can be, on a backend that has up to `max_vcpus`. What is wrong, otherwise.
+    pub(crate) fn check(&self, max_vcpus: u32) -> Result<(), String> {
+        if self.vcpus == 0 || self.vcpus > max_vcpus {
+            return Err(format!(
+                "{} virtual CPUs: from 1 to {max_vcpus} are possible",
+                self.vcpus
+            ));
+        }
+        if self.memory_bytes < MIN_MEMORY_BYTES || !self.memory_bytes.is_multiple_of(1 << 20) {
+            return Err(format!(
+                "{} bytes of memory: at least {MIN_MEMORY_BYTES} and whole mebibytes are needed",
+                self.memory_bytes
+            ));
+        }
+        check_image("kernel", &self.kernel)?;
+        check_image("initramfs", &self.initramfs)
+    }
+}
+
+fn check_image(what: &str, image: &OwnedFd) -> Result<(), String> {
+    match fstat(image) {
+        Ok(stat) if stat.st_mode & libc::S_IFMT != libc::S_IFREG => {
+            Err(format!("the {what} is not a regular file"))
+        }
+        Ok(stat) if stat.st_size == 0 => Err(format!("the {what} is empty")),
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("the {what} cannot be used: {error}")),
+    }
+}
+
 /// The VM's network device.
 #[derive(Debug)]
 pub struct NetConfig {
@@ -52,6 +90,10 @@ pub enum ExitReason {
     GuestReset,
     /// The guest reported a panic through a panic device.
     GuestPanic,
+    /// The guest's CPU gave up: an exception in the handler of an exception's handler.
+    TripleFault,
+    /// A virtual CPU cannot go on, by no fault of the guest's own.
+    VcpuFailed(String),
     /// [`Vmm::kill`] was called.
     Killed,
     /// The VMM's process ended without the guest or us having asked for it.
@@ -69,6 +111,8 @@ impl fmt::Display for ExitReason {
             ExitReason::GuestShutdown => f.write_str("the guest shut down"),
             ExitReason::GuestReset => f.write_str("the guest reset itself"),
             ExitReason::GuestPanic => f.write_str("the guest's kernel panicked"),
+            ExitReason::TripleFault => f.write_str("the guest's CPU shut down (triple fault)"),
+            ExitReason::VcpuFailed(why) => write!(f, "a virtual CPU failed: {why}"),
             ExitReason::Killed => f.write_str("killed"),
             ExitReason::VmmExited { status, stderr } if stderr.is_empty() => {
                 write!(f, "the VMM ended ({status})")
@@ -83,6 +127,15 @@ impl fmt::Display for ExitReason {
 /// A boxed future, so that [`Vmm`] can be used as `dyn Vmm`.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
+/// What a VM has done so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VmStats {
+    /// How often the vCPUs came back to the VMM, by reason. Empty: the backend does not tell.
+    pub exits: Vec<(&'static str, u64)>,
+    /// Our devices.
+    pub devices: Vec<DeviceStats>,
+}
+
 /// A running VM.
 ///
 /// Dropping it kills the VM.
@@ -90,7 +143,7 @@ pub trait Vmm: Send {
     /// The VMM's process, when it is not ours.
     fn pid(&self) -> Option<u32>;
 
-    /// The backend's name: "qemu".
+    /// The backend's name: "kvm", "qemu".
     fn backend(&self) -> &'static str;
 
     /// Ends when the VM is gone. May be dropped and called again; later calls give the same answer.
@@ -98,4 +151,19 @@ pub trait Vmm: Send {
 
     /// Ends the VM at once. When this returns, its process is gone and reaped.
     fn kill(&mut self) -> BoxFuture<'_, ()>;
+
+    /// Stops the vCPUs, at once or in a moment, until [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// The VMM does not answer.
+    fn pause(&mut self) -> BoxFuture<'_, io::Result<()>>;
+
+    /// Lets the vCPUs go on.
+    ///
+    /// # Errors
+    /// The VMM does not answer.
+    fn resume(&mut self) -> BoxFuture<'_, io::Result<()>>;
+
+    /// Counters of this moment.
+    fn stats(&self) -> VmStats;
 }
