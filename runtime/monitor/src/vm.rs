@@ -14,11 +14,11 @@ use crate::state::now_ns;
 
 /// What every guest's kernel is told:
 /// - its console, where only warnings go, is the serial port;
-/// - a panic, as a reset by the triple fault, ends the VM at once;
+/// - a panic ends the VM at once;
 /// - the CPU's random numbers will do, for there is no other source;
 /// - no checks of hardware that is not there, no switch of code for one CPU and back;
 /// - waits for RCU are short: the guest's start has many, and nobody else to disturb.
-const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on \
+const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 random.trust_cpu=on \
      no_timer_check noreplace-smp rcupdate.rcu_expedited=1";
 
 /// The kernel's words when it dies.

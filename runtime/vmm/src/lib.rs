@@ -1,6 +1,7 @@
 //! Virtual machines, and the virtio devices podvisor owns.
 //!
-//! - [`vm`]: what a VM is made of ([`VmConfig`]) and the trait that every backend implements ([`Vmm`])
+//! - [`vm`]: what a VM is made of ([`VmConfig`]) and the trait that every backend implements ([`Vmm`]),
+//!   [`start`]
 //! - [`kvm`]: our own backend, a VM of KVM's in this process
 //! - [`qemu`]: the backend that runs QEMU as a child process
 //! - [`device`]: [`VirtioDevice`], the trait of our devices, which knows nothing of any transport
@@ -25,4 +26,4 @@ pub use device::{DeviceError, DeviceEvent, QueueRef, VirtioDevice};
 pub use devices::disk::{Access, Segment, SegmentDisk, SegmentError, SegmentMap};
 pub use devices::vsock::{VsockDevice, VsockHandle, VsockListener};
 pub use served::{DeviceStats, QueueStats};
-pub use vm::{ExitReason, NetConfig, VmConfig, VmStats, Vmm};
+pub use vm::{Backend, ExitReason, NetConfig, StartError, VmConfig, VmStats, Vmm, start};

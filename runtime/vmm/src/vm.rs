@@ -8,9 +8,12 @@ use std::pin::Pin;
 use std::process::ExitStatus;
 
 use nix::sys::stat::fstat;
+use thiserror::Error;
 
 use crate::devices::disk::SegmentMap;
 use crate::devices::vsock::VsockDevice;
+use crate::kvm::{self, KvmError};
+use crate::qemu::{self, QemuConfig, QemuError};
 use crate::served::DeviceStats;
 
 /// Least guest memory: the kernel and its initramfs unpacked, with nothing to spare.
@@ -29,7 +32,7 @@ pub struct VmConfig {
     pub kernel: OwnedFd,
     /// Initial root file system.
     pub initramfs: OwnedFd,
-    /// Kernel command line. The backend adds what its devices need.
+    /// Kernel command line. The backend adds what its devices and its way to reset need.
     pub cmdline: String,
     /// The network device; `None`: the guest has no network.
     pub net: Option<NetConfig>,
@@ -126,6 +129,38 @@ impl fmt::Display for ExitReason {
 
 /// A boxed future, so that [`Vmm`] can be used as `dyn Vmm`.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Which VMM runs a VM.
+#[derive(Debug, Clone)]
+pub enum Backend {
+    /// Ours, in this process.
+    Kvm,
+    /// QEMU, as a child process.
+    Qemu(QemuConfig),
+}
+
+/// Why a VM did not start.
+#[derive(Debug, Error)]
+#[error(transparent)]
+pub enum StartError {
+    /// Ours.
+    Kvm(#[from] KvmError),
+    /// QEMU's.
+    Qemu(#[from] QemuError),
+}
+
+/// Starts a VM; returns when the guest runs.
+///
+/// Must be called on a thread that lives as long as the VM: see [`qemu::start`].
+///
+/// # Errors
+/// Nothing is left behind.
+pub async fn start(config: VmConfig, backend: Backend) -> Result<Box<dyn Vmm>, StartError> {
+    Ok(match backend {
+        Backend::Kvm => kvm::start(config)?,
+        Backend::Qemu(qemu) => qemu::start(config, qemu).await?,
+    })
+}
 
 /// What a VM has done so far.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -115,6 +115,7 @@ impl MappedFile {
         Ok(bytes as usize)
     }
 
+    /// Copies what there is of the file into `target`.
     fn copy<B: BitmapSlice>(&self, target: &VolatileSlice<'_, B>) -> io::Result<usize> {
         let mut buffer = [0; PAGE as usize];
         let count = buffer.len().min(target.len());
@@ -125,17 +126,23 @@ impl MappedFile {
 }
 
 impl ReadVolatile for MappedFile {
+    /// Reads until `target` is full or the file ends: callers take a shorter read for the end.
     fn read_volatile<B: BitmapSlice>(
         &mut self,
         target: &mut VolatileSlice<'_, B>,
     ) -> Result<usize, VolatileMemoryError> {
-        let done = match self.map(target) {
-            Ok(0) => self.copy(target),
-            mapped => mapped,
-        };
-        let count = done.map_err(VolatileMemoryError::IOError)?;
-        self.position += count as u64;
-        Ok(count)
+        let mut done = self.map(target).map_err(VolatileMemoryError::IOError)?;
+        self.position += done as u64;
+        while done < target.len() {
+            let rest = target.offset(done)?;
+            let count = self.copy(&rest).map_err(VolatileMemoryError::IOError)?;
+            if count == 0 {
+                break;
+            }
+            self.position += count as u64;
+            done += count;
+        }
+        Ok(done)
     }
 }
 

@@ -109,7 +109,8 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
         ("disk", Box::new(SegmentDisk::new(config.disk))),
         ("vsock", Box::new(config.vsock)),
     ];
-    let mut cmdline = config.cmdline;
+    // By the keyboard controller's line, which tells a reset from a triple fault.
+    let mut cmdline = format!("reboot=k {}", config.cmdline);
     let mut registers = Vec::new();
     let mut threads = Vec::new();
     let mut counters = Vec::new();
