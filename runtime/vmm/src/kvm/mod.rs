@@ -170,12 +170,12 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
         });
     }
 
-    let (control, ended) = Control::new();
+    let device_stop = stop.try_clone().map_err(KvmError::host("eventfd"))?;
+    let (control, ended) = Control::new(stop);
     let vm = KvmVm {
         control,
         ended,
         all_ended,
-        stop,
         exits,
         counters,
         _vm: vm,
@@ -183,7 +183,7 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
     };
     // From here on, dropping `vm` ends the threads.
     for (name, attached) in threads {
-        let stop = vm.stop.try_clone().map_err(KvmError::host("eventfd"))?;
+        let stop = device_stop.try_clone().map_err(KvmError::host("eventfd"))?;
         device_thread::start(name, vec![attached], memory.clone(), stop)
             .map_err(KvmError::host("a device's thread"))?;
     }
@@ -255,8 +255,6 @@ struct KvmVm {
     ended: watch::Receiver<Option<ExitReason>>,
     /// Closed when the last vCPU's thread has ended.
     all_ended: tokio::sync::mpsc::Receiver<Infallible>,
-    /// Ends the device threads.
-    stop: EventFd,
     exits: Arc<ExitCounters>,
     counters: Vec<Arc<DeviceCounters>>,
     _vm: VmFd,
@@ -309,6 +307,5 @@ impl Vmm for KvmVm {
 impl Drop for KvmVm {
     fn drop(&mut self) {
         self.control.end(ExitReason::Killed);
-        let _ = self.stop.write(1);
     }
 }

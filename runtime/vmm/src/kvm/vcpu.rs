@@ -12,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::errno::Errno;
 use tokio::sync::watch;
 use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::{Bus, Stop};
 use super::exits::{Exit, ExitCounters};
@@ -110,6 +111,8 @@ pub struct Control {
     wanted: Mutex<Wanted>,
     changed: Condvar,
     end: watch::Sender<Option<ExitReason>>,
+    /// Ends the devices' threads.
+    stop: EventFd,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
 }
 
@@ -121,13 +124,14 @@ enum Wanted {
 }
 
 impl Control {
-    /// For vCPUs that are yet to start. The receiver gets the reason of the end.
-    pub fn new() -> (Arc<Self>, watch::Receiver<Option<ExitReason>>) {
+    /// For vCPUs that are yet to start. The receiver gets the reason of the end, and `stop` becomes readable.
+    pub fn new(stop: EventFd) -> (Arc<Self>, watch::Receiver<Option<ExitReason>>) {
         let (end, ended) = watch::channel(None);
         let control = Self {
             wanted: Mutex::new(Wanted::Run),
             changed: Condvar::new(),
             end,
+            stop,
             threads: Mutex::new(Vec::new()),
         };
         (Arc::new(control), ended)
@@ -143,7 +147,7 @@ impl Control {
         self.want(Wanted::Run);
     }
 
-    /// Ends all vCPUs for good. The first caller's reason counts.
+    /// Ends all vCPUs, and the devices, for good. The first caller's reason counts.
     pub fn end(&self, reason: ExitReason) {
         self.want(Wanted::End);
         self.end.send_if_modified(|current| {
@@ -151,6 +155,8 @@ impl Control {
             current.get_or_insert(reason);
             first
         });
+        // Full only after 2^64 - 1 of these.
+        let _ = self.stop.write(1);
     }
 
     fn want(&self, wanted: Wanted) {
