@@ -56,7 +56,11 @@ impl ChainBuffers {
     ) -> Result<(GuestSlices<'m>, GuestSlices<'m>), ChainError> {
         self.slices.clear();
         let mut readable = 0;
-        for descriptor in chain {
+        for (index, descriptor) in chain.enumerate() {
+            // Empty descriptors give no slice, and an indirect table has room for 65535 of them.
+            if index == MAX_SLICES {
+                return Err(ChainError::TooLong);
+            }
             if !descriptor.is_write_only() && readable < self.slices.len() {
                 return Err(ChainError::Order);
             }

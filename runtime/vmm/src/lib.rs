@@ -4,8 +4,8 @@
 //! - [`kvm`]: our own backend; so far whether KVM works here
 //! - [`qemu`]: the backend that runs QEMU as a child process
 //! - [`device`]: [`VirtioDevice`], the trait of our devices, which knows nothing of any transport
-//! - [`devices`]: the devices: [`devices::disk`] (segments of files as one disk) and [`devices::vsock`]
-//!   (virtio-vsock in user space)
+//! - [`devices`]: the devices: [`devices::disk`] (segments of files as one disk), [`devices::vsock`]
+//!   (virtio-vsock in user space) and [`devices::rng`] (random numbers)
 //! - `vhost_user`: serves a [`VirtioDevice`] to QEMU
 //! - [`buffers`]: a descriptor chain as slices of guest memory, read and written by system calls directly
 
@@ -19,7 +19,8 @@ mod test_queue;
 mod vhost_user;
 pub mod vm;
 
-pub use device::{DeviceError, DeviceEvent, QueueRef, VirtioDevice};
+pub use device::{CONFIG_CHANGED, Counter, DeviceError, DeviceEvent, QueueRef, VirtioDevice};
 pub use devices::disk::{Access, Segment, SegmentDisk, SegmentError, SegmentMap};
+pub use devices::rng::RngDevice;
 pub use devices::vsock::{VsockDevice, VsockHandle, VsockListener};
 pub use vm::{ExitReason, NetConfig, VmConfig, Vmm};
