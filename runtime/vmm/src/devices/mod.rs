@@ -2,5 +2,6 @@
 //! the queues and the parts beside it, which know nothing of queues. The smallest is [`rng`].
 
 pub mod disk;
+pub mod net;
 pub mod rng;
 pub mod vsock;
