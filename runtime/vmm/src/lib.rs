@@ -5,7 +5,8 @@
 //! - [`qemu`]: the backend that runs QEMU as a child process
 //! - [`device`]: [`VirtioDevice`], the trait of our devices, which knows nothing of any transport
 //! - [`devices`]: the devices: [`devices::disk`] (segments of files as one disk), [`devices::vsock`]
-//!   (virtio-vsock in user space) and [`devices::rng`] (random numbers)
+//!   (virtio-vsock in user space), [`devices::net`] (a tap), [`devices::balloon`] (unused memory back to the host) and
+//!   [`devices::rng`] (random numbers)
 //! - `vhost_user`: serves a [`VirtioDevice`] to QEMU
 //! - [`buffers`]: a descriptor chain as slices of guest memory, read and written by system calls directly
 
@@ -20,7 +21,9 @@ mod vhost_user;
 pub mod vm;
 
 pub use device::{CONFIG_CHANGED, Counter, DeviceError, DeviceEvent, QueueRef, VirtioDevice};
+pub use devices::balloon::{BalloonDevice, BalloonHandle};
 pub use devices::disk::{Access, Segment, SegmentDisk, SegmentError, SegmentMap};
+pub use devices::net::{NetDevice, Tap};
 pub use devices::rng::RngDevice;
 pub use devices::vsock::{VsockDevice, VsockHandle, VsockListener};
 pub use vm::{ExitReason, NetConfig, VmConfig, Vmm};

@@ -1,9 +1,12 @@
 //! Guest memory back to the host.
 
+use std::io;
 use std::sync::LazyLock;
 
 use tracing::debug;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::GuestSlices;
 
 /// Size of the host's pages in bytes.
 static PAGE_BYTES: LazyLock<usize> = LazyLock::new(|| {
@@ -20,30 +23,45 @@ static PAGE_BYTES: LazyLock<usize> = LazyLock::new(|| {
 /// page, is the guest's own mistake and harms only the guest: the system call works on the page as it was or as it
 /// becomes, both mapped.
 pub fn release(memory: &GuestMemoryMmap, address: GuestAddress, length: usize) -> usize {
-    let mut released = 0;
-    for slice in memory.get_slices(address, length).map_while(Result::ok) {
-        let guard = slice.ptr_guard_mut();
-        let start = guard.as_ptr() as usize;
-        let first = start.next_multiple_of(*PAGE_BYTES);
-        let end = (start + slice.len()) / *PAGE_BYTES * *PAGE_BYTES;
-        if first >= end {
-            continue;
-        }
-        // SAFETY: within the slice, which is mapped guest memory. The mapping stays as it is, only its content changes,
-        // at which every user of guest memory has to expect: no Rust object is there.
-        let advised = unsafe {
-            libc::madvise(
-                guard.as_ptr().add(first - start).cast(),
-                end - first,
-                libc::MADV_DONTNEED,
-            )
-        };
-        if advised == 0 {
-            released += end - first;
-        } else {
-            // Locked or huge pages; the guest's memory stays as it was.
-            debug!(error = %std::io::Error::last_os_error(), "guest memory stays");
-        }
+    let slices = memory.get_slices(address, length);
+    slices
+        .map_while(Result::ok)
+        .map(|slice| {
+            let start = slice.ptr_guard_mut().as_ptr();
+            // SAFETY: the slice is mapped guest memory.
+            unsafe { release_mapped(start, slice.len()) }
+        })
+        .sum()
+}
+
+impl GuestSlices<'_> {
+    /// Gives the whole host pages of what is left back to the host, as [`release`] does.
+    pub fn release(self) -> usize {
+        self.slices
+            .iter()
+            // SAFETY: the slices are mapped guest memory.
+            .map(|slice| unsafe { release_mapped(slice.iov_base.cast(), slice.iov_len) })
+            .sum()
     }
-    released
+}
+
+/// Gives the whole pages of a range back to the host. Returns their bytes.
+///
+/// # Safety
+/// The range is mapped guest memory: its mapping stays as it is, only its content changes, which every user of guest
+/// memory expects at any time. No Rust object is there.
+unsafe fn release_mapped(start: *mut u8, length: usize) -> usize {
+    let lead = start.align_offset(*PAGE_BYTES);
+    let whole = length.saturating_sub(lead) / *PAGE_BYTES * *PAGE_BYTES;
+    if whole == 0 {
+        return 0;
+    }
+    // SAFETY: the pages are within the range, of which the caller vouches.
+    let advised = unsafe { libc::madvise(start.add(lead).cast(), whole, libc::MADV_DONTNEED) };
+    if advised != 0 {
+        // Locked pages, or huge ones: the guest's memory stays as it was.
+        debug!(error = %io::Error::last_os_error(), "guest memory stays");
+        return 0;
+    }
+    whole
 }
