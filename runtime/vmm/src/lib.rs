@@ -5,8 +5,9 @@
 //! - [`kvm`]: our own backend, a VM of KVM's in this process
 //! - [`qemu`]: the backend that runs QEMU as a child process
 //! - [`device`]: [`VirtioDevice`], the trait of our devices, which knows nothing of any transport
-//! - [`devices`]: the devices: [`devices::disk`] (segments of files as one disk) and [`devices::vsock`]
-//!   (virtio-vsock in user space)
+//! - [`devices`]: the devices: [`devices::disk`] (segments of files as one disk), [`devices::vsock`]
+//!   (virtio-vsock in user space), [`devices::net`] (a tap), [`devices::balloon`] (unused memory back to the host) and
+//!   [`devices::rng`] (random numbers)
 //! - [`served`]: a device with its queues and counters, as every transport has it
 //! - `vhost_user`: serves a [`VirtioDevice`] to QEMU
 //! - [`buffers`]: a descriptor chain as slices of guest memory, read and written by system calls directly
@@ -22,8 +23,11 @@ mod test_queue;
 mod vhost_user;
 pub mod vm;
 
-pub use device::{DeviceError, DeviceEvent, QueueRef, VirtioDevice};
+pub use device::{CONFIG_CHANGED, Counter, DeviceError, DeviceEvent, QueueRef, VirtioDevice};
+pub use devices::balloon::{BalloonDevice, BalloonHandle};
 pub use devices::disk::{Access, Segment, SegmentDisk, SegmentError, SegmentMap};
+pub use devices::net::{NetDevice, Tap};
+pub use devices::rng::RngDevice;
 pub use devices::vsock::{VsockDevice, VsockHandle, VsockListener};
 pub use served::{DeviceStats, QueueStats};
 pub use vm::{Backend, ExitReason, NetConfig, StartError, VmConfig, VmStats, Vmm, start};

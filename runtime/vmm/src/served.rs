@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::GuestMemoryMmap;
 
-use crate::device::{CONFIG_CHANGED, DeviceError, DeviceEvent, QueueRef, VirtioDevice};
+use crate::device::{CONFIG_CHANGED, Counter, DeviceError, DeviceEvent, QueueRef, VirtioDevice};
 
 /// A device with its queues. One thread owns it.
 pub struct Served {
@@ -23,6 +23,7 @@ impl Served {
         let counters = DeviceCounters {
             name,
             queues: queues.iter().map(|_| QueueCounters::default()).collect(),
+            own: device.counters(),
         };
         Self {
             device,
@@ -74,6 +75,7 @@ impl Served {
 pub struct DeviceCounters {
     name: &'static str,
     queues: Vec<QueueCounters>,
+    own: Vec<(&'static str, Counter)>,
 }
 
 #[derive(Debug, Default)]
@@ -90,6 +92,8 @@ pub struct DeviceStats {
     pub name: &'static str,
     /// Its queues, in the order of the virtio specification.
     pub queues: Vec<QueueStats>,
+    /// What only this device counts, by name.
+    pub own: Vec<(&'static str, u64)>,
 }
 
 /// What has gone through a queue so far.
@@ -115,6 +119,11 @@ impl DeviceCounters {
         DeviceStats {
             name: self.name,
             queues: self.queues.iter().map(queue).collect(),
+            own: self
+                .own
+                .iter()
+                .map(|(name, value)| (*name, get(value)))
+                .collect(),
         }
     }
 }

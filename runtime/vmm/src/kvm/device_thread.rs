@@ -152,6 +152,14 @@ impl Group {
                     self.process(index, DeviceEvent::Queue(queue));
                 }
             }
+            Command::WriteConfig {
+                offset,
+                bytes,
+                length,
+            } => {
+                device.served.device.write_config(offset, &bytes[..length]);
+                device.shared.config_written(device.served.device.as_ref());
+            }
             Command::Reset(done) => {
                 for queue in &mut device.served.queues {
                     queue.reset();

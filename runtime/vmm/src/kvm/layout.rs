@@ -42,8 +42,6 @@ pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 pub const VIRTIO_MMIO_BYTES: u64 = 0x1000;
 /// Interrupt of the first virtio-mmio device.
 pub const VIRTIO_IRQ: u32 = 5;
-/// There are as many interrupts as an ISA bus has.
-pub const MAX_DEVICES: usize = (ISA_IRQS - VIRTIO_IRQ) as usize;
 /// Lines of the ISA bus, the only bus in the MP table.
 pub const ISA_IRQS: u32 = 16;
 

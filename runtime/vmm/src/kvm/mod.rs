@@ -33,18 +33,22 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use thiserror::Error;
 use tokio::sync::watch;
 use virtio_queue::{Queue, QueueT as _};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::VirtioDevice;
-use crate::devices::disk::SegmentDisk;
+use crate::devices::balloon::{BalloonDevice, BalloonHandle};
+use crate::devices::disk::{SegmentDisk, SegmentMap};
+use crate::devices::net::{NetDevice, Tap};
+use crate::devices::rng::RngDevice;
+use crate::devices::vsock::VsockDevice;
 use crate::served::{DeviceCounters, Served};
-use crate::vm::{BoxFuture, ExitReason, VmConfig, VmStats, Vmm};
+use crate::vm::{BoxFuture, ExitReason, NetConfig, VmConfig, VmStats, Vmm};
 use bus::Bus;
 use device_thread::Attached;
 use exits::ExitCounters;
@@ -104,94 +108,110 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
     vm.create_irq_chip()
         .map_err(KvmError::call("KVM_CREATE_IRQCHIP"))?;
 
-    let stop = eventfd()?;
-    let devices: [(&str, Box<dyn VirtioDevice>); 2] = [
-        ("disk", Box::new(SegmentDisk::new(config.disk))),
-        ("vsock", Box::new(config.vsock)),
-    ];
-    // By the keyboard controller's line, which tells a reset from a triple fault.
-    let mut cmdline = format!("reboot=k {}", config.cmdline);
+    let (balloon, balloon_handle) = BalloonDevice::new().map_err(KvmError::host("the balloon"))?;
+    let groups = device_groups(config.disk, config.vsock, config.net, balloon)?;
     let mut registers = Vec::new();
     let mut threads = Vec::new();
     let mut counters = Vec::new();
-    for (slot, (name, device)) in devices.into_iter().enumerate() {
-        let address = layout::VIRTIO_MMIO + slot as u64 * layout::VIRTIO_MMIO_BYTES;
-        let irq = layout::VIRTIO_IRQ + slot as u32;
-        let (on_bus, attached) = attach(&vm, name, device, address, irq)?;
-        // The kernel's Documentation/admin-guide/kernel-parameters.txt.
-        cmdline += &format!(" virtio_mmio.device=4K@{address:#x}:{irq}");
-        counters.push(attached.served.counters());
-        registers.push(on_bus);
-        threads.push((name, attached));
+    // By the keyboard controller's line, which tells a reset from a triple fault.
+    let mut cmdline = format!("reboot=k {}", config.cmdline);
+    for (thread, devices) in groups {
+        let mut group = Vec::new();
+        for (name, device) in devices {
+            let slot = registers.len();
+            let address = layout::VIRTIO_MMIO + slot as u64 * layout::VIRTIO_MMIO_BYTES;
+            let irq = layout::VIRTIO_IRQ + slot as u32;
+            let (on_bus, attached) = attach(&vm, name, device, address, irq)?;
+            // The kernel's Documentation/admin-guide/kernel-parameters.txt.
+            cmdline += &format!(" virtio_mmio.device=4K@{address:#x}:{irq}");
+            counters.push(attached.served.counters());
+            registers.push(on_bus);
+            group.push(attached);
+        }
+        threads.push((thread, group));
     }
-
-    let entry = boot::load(
-        &memory,
-        config.kernel,
-        config.initramfs,
-        &cmdline,
-        config.vcpus,
-    )?;
-    let serial_interrupt = eventfd()?;
-    vm.register_irqfd(&serial_interrupt, layout::SERIAL_IRQ)
-        .map_err(KvmError::call("KVM_IRQFD"))?;
+    let serial_interrupt = interrupt(&vm, layout::SERIAL_IRQ)?;
     let console = nonblocking(config.console).map_err(KvmError::host("the console"))?;
     let bus = Arc::new(Bus::new(registers, console, serial_interrupt));
 
+    let (kernel, initramfs) = (config.kernel, config.initramfs);
+    let entry = boot::load(&memory, kernel, initramfs, &cmdline, config.vcpus)?;
+    let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
+
+    let stop = eventfd()?;
+    let (control, ended) = Control::new(stop.try_clone().map_err(KvmError::host("eventfd"))?);
     let exits = Arc::new(ExitCounters::default());
     let (alive, all_ended) = tokio::sync::mpsc::channel(1);
-    let tsc_deadline = vm.check_extension(Cap::TscDeadlineTimer);
-    let host_cpuid = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
-    let mut vcpus = Vec::new();
-    for index in 0..config.vcpus {
-        let fd = vm
-            .create_vcpu(index.into())
-            .map_err(KvmError::call("KVM_CREATE_VCPU"))?;
-        let mut cpuid = host_cpuid.clone();
-        let topology = cpuid::Topology {
-            vcpu: index,
-            vcpus: config.vcpus,
-        };
-        cpuid::filter(&mut cpuid, topology, tsc_deadline);
-        fd.set_cpuid2(&cpuid)
-            .map_err(KvmError::call("KVM_SET_CPUID2"))?;
-        vcpu::init_cpu(&fd)?;
-        if index == 0 {
-            vcpu::enter_pvh(&fd, entry)?;
-        }
-        vcpus.push(Vcpu {
-            index,
-            fd,
-            bus: Arc::clone(&bus),
-            exits: Arc::clone(&exits),
-            alive: alive.clone(),
-        });
-    }
-
-    let device_stop = stop.try_clone().map_err(KvmError::host("eventfd"))?;
-    let (control, ended) = Control::new(stop);
     let vm = KvmVm {
         control,
         ended,
         all_ended,
         exits,
         counters,
+        _balloon: balloon_handle,
         _vm: vm,
         _memory: memory.clone(),
     };
     // From here on, dropping `vm` ends the threads.
-    for (name, attached) in threads {
-        let stop = device_stop.try_clone().map_err(KvmError::host("eventfd"))?;
-        device_thread::start(name, vec![attached], memory.clone(), stop)
+    for (name, group) in threads {
+        let stop = stop.try_clone().map_err(KvmError::host("eventfd"))?;
+        device_thread::start(name, group, memory.clone(), stop)
             .map_err(KvmError::host("a device's thread"))?;
     }
-    for vcpu in vcpus {
+    for (index, fd) in vcpus.into_iter().enumerate() {
+        let vcpu = Vcpu {
+            index: index as u32,
+            fd,
+            bus: Arc::clone(&bus),
+            exits: Arc::clone(&vm.exits),
+            _alive: alive.clone(),
+        };
         vcpu.start(&vm.control)
             .map_err(KvmError::host("a vCPU's thread"))?;
     }
     Ok(Box::new(vm))
+}
+
+/// Devices by name.
+type Devices = Vec<(&'static str, Box<dyn VirtioDevice>)>;
+
+/// The VM's devices, by the thread that serves them: those that move much have one of their own.
+fn device_groups(
+    disk: SegmentMap,
+    vsock: VsockDevice,
+    net: Option<NetConfig>,
+    balloon: BalloonDevice,
+) -> Result<Vec<(&'static str, Devices)>, KvmError> {
+    let rng = RngDevice::new();
+    let mut groups: Vec<(_, Devices)> = vec![
+        ("disk", vec![("disk", Box::new(SegmentDisk::new(disk)))]),
+        ("vsock", vec![("vsock", Box::new(vsock))]),
+        (
+            "rng-balloon",
+            vec![("rng", Box::new(rng)), ("balloon", Box::new(balloon))],
+        ),
+    ];
+    if let Some(net) = net {
+        groups.push(("net", vec![("net", Box::new(net_device(net)?))]));
+    }
+    Ok(groups)
+}
+
+fn net_device(net: NetConfig) -> Result<NetDevice, KvmError> {
+    let mac = parse_mac(&net.mac)
+        .ok_or_else(|| KvmError::Config(format!("not a MAC address: {:?}", net.mac)))?;
+    let tap = Tap::new(net.tap).map_err(KvmError::host("the tap"))?;
+    NetDevice::new(tap, mac, None).map_err(KvmError::host("the network device"))
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
 }
 
 /// Makes `device` reachable at `address`, with the interrupt `irq`.
@@ -204,9 +224,7 @@ fn attach(
 ) -> Result<(VirtioMmio, Attached), KvmError> {
     use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 
-    let interrupt = eventfd()?;
-    vm.register_irqfd(&interrupt, irq)
-        .map_err(KvmError::call("KVM_IRQFD"))?;
+    let interrupt = interrupt(vm, irq)?;
     let mut kicks = Vec::new();
     let mut queues = Vec::new();
     for (index, size) in device.queue_sizes().iter().enumerate() {
@@ -219,7 +237,7 @@ fn attach(
         queues.push(queue);
     }
     let doorbell = eventfd()?;
-    let (sender, commands) = mpsc::channel();
+    let (sender, commands) = mpsc::sync_channel(4);
     let link = DeviceLink {
         commands: sender,
         doorbell: doorbell.try_clone().map_err(KvmError::host("eventfd"))?,
@@ -236,6 +254,47 @@ fn attach(
         broken: false,
     };
     Ok((registers, attached))
+}
+
+/// vCPUs in their first state; the first is to begin at `entry`, and to start the others.
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u32,
+    entry: GuestAddress,
+) -> Result<Vec<VcpuFd>, KvmError> {
+    let tsc_deadline = vm.check_extension(Cap::TscDeadlineTimer);
+    let host_cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
+    let mut vcpus = Vec::new();
+    for index in 0..count {
+        let vcpu = vm
+            .create_vcpu(index.into())
+            .map_err(KvmError::call("KVM_CREATE_VCPU"))?;
+        let mut cpuid = host_cpuid.clone();
+        let topology = cpuid::Topology {
+            vcpu: index,
+            vcpus: count,
+        };
+        cpuid::filter(&mut cpuid, topology, tsc_deadline);
+        vcpu.set_cpuid2(&cpuid)
+            .map_err(KvmError::call("KVM_SET_CPUID2"))?;
+        vcpu::init_cpu(&vcpu)?;
+        if index == 0 {
+            vcpu::enter_pvh(&vcpu, entry)?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// A descriptor whose write raises the interrupt line `irq`.
+fn interrupt(vm: &VmFd, irq: u32) -> Result<EventFd, KvmError> {
+    let interrupt = eventfd()?;
+    vm.register_irqfd(&interrupt, irq)
+        .map_err(KvmError::call("KVM_IRQFD"))?;
+    Ok(interrupt)
 }
 
 fn eventfd() -> Result<EventFd, KvmError> {
@@ -257,6 +316,8 @@ struct KvmVm {
     all_ended: tokio::sync::mpsc::Receiver<Infallible>,
     exits: Arc<ExitCounters>,
     counters: Vec<Arc<DeviceCounters>>,
+    /// Kept: the device ends when its handle does.
+    _balloon: BalloonHandle,
     _vm: VmFd,
     _memory: GuestMemoryMmap,
 }

@@ -201,7 +201,7 @@ pub struct Vcpu {
     /// Where its exits are counted.
     pub exits: Arc<ExitCounters>,
     /// Dropped when its thread ends.
-    pub alive: tokio::sync::mpsc::Sender<std::convert::Infallible>,
+    pub _alive: tokio::sync::mpsc::Sender<std::convert::Infallible>,
 }
 
 impl Vcpu {

@@ -85,6 +85,11 @@ impl Shared {
         self.raise(VIRTIO_MMIO_INT_CONFIG);
     }
 
+    /// The driver wrote configuration space: it reads back what `device` has made of it.
+    pub fn config_written(&self, device: &dyn VirtioDevice) {
+        device.read_config(0, &mut lock(&self.config).bytes);
+    }
+
     /// Tells the driver that the device does nothing more until it is reset.
     pub fn needs_reset(&self) {
         self.needs_reset.store(true, Ordering::Release);
@@ -113,6 +118,15 @@ pub enum Command {
         /// Its queues.
         queues: Vec<QueueSetup>,
     },
+    /// Configuration space was written.
+    WriteConfig {
+        /// Where.
+        offset: u64,
+        /// What: as many bytes of it as `length`.
+        bytes: [u8; 8],
+        /// 1, 2, 4 or 8.
+        length: usize,
+    },
     /// Everything back to the beginning; to be answered when it is.
     Reset(mpsc::SyncSender<()>),
 }
@@ -135,8 +149,8 @@ pub struct QueueSetup {
 /// A way to the thread that owns the device.
 #[derive(Debug)]
 pub struct DeviceLink {
-    /// What the thread has to do.
-    pub commands: mpsc::Sender<Command>,
+    /// What the thread has to do. Few at a time: a driver that is faster waits.
+    pub commands: mpsc::SyncSender<Command>,
     /// Wakes the thread.
     pub doorbell: EventFd,
 }
@@ -228,9 +242,12 @@ impl VirtioMmio {
         }
     }
 
-    /// A vCPU writes at `offset`. What is not 32 bits wide, or goes to configuration space, of which our devices take
-    /// nothing, has no effect.
+    /// A vCPU writes at `offset`. What is not 32 bits wide, but for configuration space, has no effect.
     pub fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(VIRTIO_MMIO_CONFIG.into()) {
+            lock(&self.registers).write_config(offset, data);
+            return;
+        }
         let (Ok(value), Ok(offset)) = (data.try_into(), u32::try_from(offset)) else {
             return;
         };
@@ -288,6 +305,18 @@ impl Registers {
                 }
             }
             _ => {}
+        }
+    }
+
+    fn write_config(&self, offset: u64, data: &[u8]) {
+        let mut bytes = [0; 8];
+        if let Some(target) = bytes.get_mut(..data.len()) {
+            target.copy_from_slice(data);
+            self.link.send(Command::WriteConfig {
+                offset,
+                bytes,
+                length: data.len(),
+            });
         }
     }
 

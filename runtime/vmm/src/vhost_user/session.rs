@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tracing::{debug, warn};
+use tracing::warn;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -404,14 +404,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(config)
     }
 
-    fn set_config(
-        &mut self,
-        _offset: u32,
-        _data: &[u8],
-        _flags: VhostUserConfigFlags,
-    ) -> Result<()> {
-        // None of our devices has a writable field.
-        debug!(device = self.name, "a write to configuration space");
+    fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        self.served.device.write_config(u64::from(offset), data);
         Ok(())
     }
 

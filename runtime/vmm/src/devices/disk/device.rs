@@ -2,7 +2,6 @@
 
 use std::os::fd::RawFd;
 
-use tracing::debug;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -14,7 +13,7 @@ use vm_memory::GuestMemoryMmap;
 use super::request::{self, MAX_RANGES, SECTOR_BYTES};
 use super::segments::{DISK_BYTES, SegmentMap};
 use crate::buffers::ChainBuffers;
-use crate::device::{DeviceError, DeviceEvent, QueueRef, VirtioDevice};
+use crate::device::{DeviceError, DeviceEvent, QueueRef, VirtioDevice, read_config_space};
 
 const QUEUE_SIZES: &[u16] = &[256];
 
@@ -69,11 +68,7 @@ impl VirtioDevice for SegmentDisk {
     fn activate(&mut self, _features: u64) {}
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = config_space();
-        data.fill(0);
-        let start = usize::try_from(offset).map_or(CONFIG_BYTES, |offset| offset.min(CONFIG_BYTES));
-        let count = data.len().min(CONFIG_BYTES - start);
-        data[..count].copy_from_slice(&config[start..start + count]);
+        read_config_space(&config_space(), offset, data);
     }
 
     fn wake_fd(&self) -> Option<RawFd> {
@@ -86,29 +81,13 @@ impl VirtioDevice for SegmentDisk {
         queues: &mut [QueueRef<'_>],
         _event: DeviceEvent,
     ) -> Result<u32, DeviceError> {
-        let queue = &mut queues[0];
-        if !queue.ready() {
+        if !queues[0].ready() {
             return Ok(0);
         }
-        let mut interrupts = 0;
-        loop {
-            queue.disable_notification(memory)?;
-            while let Some(chain) = queue.pop(memory)? {
-                let head = chain.head_index();
-                let written = match self.buffers.collect(memory, chain) {
-                    Ok((readable, writable)) => request::serve(&self.map, readable, writable),
-                    Err(error) => {
-                        debug!(%error, "a malformed block request");
-                        0
-                    }
-                };
-                queue.add_used(memory, head, written)?;
-                interrupts = 1;
-            }
-            if !queue.enable_notification(memory)? {
-                return Ok(interrupts);
-            }
-        }
+        let used = queues[0].serve(memory, &mut self.buffers, |readable, writable| {
+            Ok(request::serve(&self.map, readable, writable))
+        })?;
+        Ok(used.into())
     }
 
     fn reset(&mut self) {}

@@ -15,7 +15,7 @@ use super::handle::{Command, Shared, VsockHandle};
 use super::link::Waiter;
 use super::muxer::Muxer;
 use crate::buffers::ChainBuffers;
-use crate::device::{DeviceError, DeviceEvent, QueueRef, VirtioDevice};
+use crate::device::{DeviceError, DeviceEvent, QueueRef, VirtioDevice, read_config_space};
 
 /// To the guest, from the guest, events.
 const QUEUE_SIZES: &[u16] = &[256, 256, 64];
@@ -188,11 +188,7 @@ impl VirtioDevice for VsockDevice {
     fn activate(&mut self, _features: u64) {}
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.guest_cid.to_le_bytes();
-        data.fill(0);
-        let start = usize::try_from(offset).map_or(config.len(), |offset| offset.min(config.len()));
-        let count = data.len().min(config.len() - start);
-        data[..count].copy_from_slice(&config[start..start + count]);
+        read_config_space(&self.guest_cid.to_le_bytes(), offset, data);
     }
 
     fn wake_fd(&self) -> Option<RawFd> {
