@@ -30,4 +30,6 @@ pub use devices::net::{NetDevice, Tap};
 pub use devices::rng::RngDevice;
 pub use devices::vsock::{VsockDevice, VsockHandle, VsockListener};
 pub use served::{DeviceStats, QueueStats};
-pub use vm::{Backend, ExitReason, NetConfig, StartError, VmConfig, VmStats, Vmm, start};
+pub use vm::{
+    Backend, ExitReason, NetConfig, StartError, VmConfig, VmCounters, VmStats, Vmm, start,
+};

@@ -6,15 +6,17 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::process::ExitStatus;
+use std::sync::Arc;
 
 use nix::sys::stat::fstat;
 use thiserror::Error;
 
 use crate::devices::disk::SegmentMap;
 use crate::devices::vsock::VsockDevice;
+use crate::kvm::exits::ExitCounters;
 use crate::kvm::{self, KvmError};
 use crate::qemu::{self, QemuConfig, QemuError};
-use crate::served::DeviceStats;
+use crate::served::{DeviceCounters, DeviceStats};
 
 /// Least guest memory: the kernel and its initramfs unpacked, with nothing to spare.
 const MIN_MEMORY_BYTES: u64 = 64 << 20;
@@ -162,6 +164,29 @@ pub async fn start(config: VmConfig, backend: Backend) -> Result<Box<dyn Vmm>, S
     })
 }
 
+/// Counters of a VM, which can be read while something else waits for it, and after its end.
+#[derive(Debug, Clone, Default)]
+pub struct VmCounters {
+    pub(crate) exits: Option<Arc<ExitCounters>>,
+    pub(crate) devices: Vec<Arc<DeviceCounters>>,
+    pub(crate) guest_memory: Vec<(u64, u64)>,
+}
+
+impl VmCounters {
+    /// What they say now.
+    pub fn read(&self) -> VmStats {
+        VmStats {
+            exits: self
+                .exits
+                .as_ref()
+                .map(|exits| exits.read())
+                .unwrap_or_default(),
+            devices: self.devices.iter().map(|device| device.read()).collect(),
+            guest_memory: self.guest_memory.clone(),
+        }
+    }
+}
+
 /// What a VM has done so far.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VmStats {
@@ -169,6 +194,8 @@ pub struct VmStats {
     pub exits: Vec<(&'static str, u64)>,
     /// Our devices.
     pub devices: Vec<DeviceStats>,
+    /// Guest memory in this process's address space, as (start, length) in bytes. Empty: it is another process's.
+    pub guest_memory: Vec<(u64, u64)>,
 }
 
 /// A running VM.
@@ -199,6 +226,6 @@ pub trait Vmm: Send {
     /// The VMM does not answer.
     fn resume(&mut self) -> BoxFuture<'_, io::Result<()>>;
 
-    /// Counters of this moment.
-    fn stats(&self) -> VmStats;
+    /// What it counts.
+    fn counters(&self) -> VmCounters;
 }

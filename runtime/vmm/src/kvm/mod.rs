@@ -17,7 +17,7 @@ mod boot;
 mod bus;
 mod cpuid;
 mod device_thread;
-mod exits;
+pub(crate) mod exits;
 mod layout;
 mod memory;
 mod mptable;
@@ -38,7 +38,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use thiserror::Error;
 use tokio::sync::watch;
 use virtio_queue::{Queue, QueueT as _};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::VirtioDevice;
@@ -47,8 +47,8 @@ use crate::devices::disk::{SegmentDisk, SegmentMap};
 use crate::devices::net::{NetDevice, Tap};
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::VsockDevice;
-use crate::served::{DeviceCounters, Served};
-use crate::vm::{BoxFuture, ExitReason, NetConfig, VmConfig, VmStats, Vmm};
+use crate::served::Served;
+use crate::vm::{BoxFuture, ExitReason, NetConfig, VmConfig, VmCounters, Vmm};
 use bus::Bus;
 use device_thread::Attached;
 use exits::ExitCounters;
@@ -146,8 +146,14 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
         control,
         ended,
         all_ended,
-        exits,
-        counters,
+        counters: VmCounters {
+            exits: Some(Arc::clone(&exits)),
+            devices: counters,
+            guest_memory: memory
+                .iter()
+                .map(|region| (region.as_ptr() as u64, region.len()))
+                .collect(),
+        },
         _balloon: balloon_handle,
         _vm: vm,
         _memory: memory.clone(),
@@ -163,7 +169,7 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
             index: index as u32,
             fd,
             bus: Arc::clone(&bus),
-            exits: Arc::clone(&vm.exits),
+            exits: Arc::clone(&exits),
             _alive: alive.clone(),
         };
         vcpu.start(&vm.control)
@@ -314,8 +320,7 @@ struct KvmVm {
     ended: watch::Receiver<Option<ExitReason>>,
     /// Closed when the last vCPU's thread has ended.
     all_ended: tokio::sync::mpsc::Receiver<Infallible>,
-    exits: Arc<ExitCounters>,
-    counters: Vec<Arc<DeviceCounters>>,
+    counters: VmCounters,
     /// Kept: the device ends when its handle does.
     _balloon: BalloonHandle,
     _vm: VmFd,
@@ -357,11 +362,8 @@ impl Vmm for KvmVm {
         Box::pin(async { Ok(()) })
     }
 
-    fn stats(&self) -> VmStats {
-        VmStats {
-            exits: self.exits.read(),
-            devices: self.counters.iter().map(|device| device.read()).collect(),
-        }
+    fn counters(&self) -> VmCounters {
+        self.counters.clone()
     }
 }
 

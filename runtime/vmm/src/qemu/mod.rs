@@ -25,7 +25,7 @@ use crate::device::VirtioDevice;
 use crate::devices::disk::SegmentDisk;
 use crate::served::DeviceCounters;
 use crate::vhost_user;
-use crate::vm::{BoxFuture, ExitReason, VmConfig, VmStats, Vmm};
+use crate::vm::{BoxFuture, ExitReason, VmConfig, VmCounters, Vmm};
 use command::Sockets;
 use process::Process;
 use qmp::Qmp;
@@ -235,10 +235,10 @@ impl Vmm for Qemu {
         Box::pin(async { self.qmp.execute("cont").await.map(drop) })
     }
 
-    fn stats(&self) -> VmStats {
-        VmStats {
-            exits: Vec::new(),
-            devices: self.counters.iter().map(|device| device.read()).collect(),
+    fn counters(&self) -> VmCounters {
+        VmCounters {
+            devices: self.counters.clone(),
+            ..VmCounters::default()
         }
     }
 }
