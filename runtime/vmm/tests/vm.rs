@@ -2,12 +2,11 @@
 
 mod common;
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::os::unix::net::UnixListener;
 
+use common::tap::open_tap;
 use common::{Guest, PATIENCE, file_of};
 use podvisor_vmm::{Access, ExitReason, NetConfig, Segment};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -233,25 +232,4 @@ async fn the_network_device_is_the_tap() {
         return;
     };
     assert_eq!(guest.command("mac").await, mac);
-}
-
-/// A tap as the network crate makes it, in the test's own network namespace.
-fn open_tap() -> Option<OwnedFd> {
-    use libc::{IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUNSETIFF, ifreq, ioctl};
-    let tun = match File::options().read(true).write(true).open("/dev/net/tun") {
-        Ok(tun) => tun,
-        Err(error) => {
-            println!("SKIPPED: /dev/net/tun: {error}");
-            return None;
-        }
-    };
-    // SAFETY: an all-zero ifreq is valid; the kernel picks a name.
-    let mut request: ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as i16;
-    // SAFETY: TUNSETIFF takes an ifreq.
-    if unsafe { ioctl(tun.as_raw_fd(), TUNSETIFF, &raw mut request) } != 0 {
-        println!("SKIPPED: no tap: {}", io::Error::last_os_error());
-        return None;
-    }
-    Some(tun.into())
 }

@@ -2,6 +2,8 @@
 
 //! A VM with the tests' own init in it.
 
+pub mod tap;
+
 use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;

@@ -294,6 +294,14 @@ fn broken_rings_are_errors() {
         .queue
         .set_avail_ring_address(Some(0xffff_f000), None);
     assert!(rig.process().is_err());
+    // The index says that there are entries, which would be behind the end of memory.
+    rig.queue
+        .queue
+        .set_avail_ring_address(Some(MEMORY as u32 - 4), None);
+    memory
+        .write_obj(1_u16, GuestAddress(MEMORY as u64 - 2))
+        .unwrap();
+    assert!(rig.process().is_err());
     rig.queue.queue.set_ready(false);
     assert_eq!(rig.process().unwrap(), 0);
 }
