@@ -82,6 +82,7 @@ fn main() -> anyhow::Result<()> {
     // Fails only for who leads a session already.
     let _ = nix::unistd::setsid();
     ignore_signals();
+    podvisor_vmm::seccomp::report_violations();
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

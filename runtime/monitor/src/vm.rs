@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use podvisor_proto::monitor::{self, VmSpec};
 use podvisor_vmm::qemu::{Accel, QemuConfig, TscMeter};
-use podvisor_vmm::{Backend, ExitReason, VmConfig};
+use podvisor_vmm::{Backend, ExitReason, VmConfig, seccomp};
 use tokio::time::{Instant, timeout_at};
 
 use crate::pod::{PHASE_VM_START, Pod};
@@ -90,6 +90,11 @@ async fn live(
         }
         Err(_) => return ("BootTimeout", boot_timeout_message(boot_timeout)),
     };
+    // Not before: QEMU would inherit it.
+    if let Err(error) = seccomp::confine(seccomp::Thread::Main) {
+        vm.kill().await;
+        return ("VmmExited", format!("no system call filter: {error}"));
+    }
     pod.add_phase(PHASE_VM_START, start_ns, now_ns());
     let vmm_pid = vm.pid().unwrap_or_default();
     pod.state().update(|snapshot| snapshot.vmm_pid = vmm_pid);

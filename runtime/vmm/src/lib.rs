@@ -10,6 +10,7 @@
 //!   [`devices::rng`] (random numbers)
 //! - [`served`]: a device with its queues and counters, as every transport has it
 //! - `vhost_user`: serves a [`VirtioDevice`] to QEMU
+//! - [`seccomp`]: which system calls each kind of thread may make
 //! - [`buffers`]: a descriptor chain as slices of guest memory, read and written by system calls directly
 
 pub mod buffers;
@@ -17,6 +18,7 @@ pub mod device;
 pub mod devices;
 pub mod kvm;
 pub mod qemu;
+pub mod seccomp;
 pub mod served;
 #[cfg(test)]
 mod test_queue;

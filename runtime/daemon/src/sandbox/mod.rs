@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use podvisor_network::{Attachment, Bandwidth, INTERFACE, PodIdentity, TAP, netns, tap};
 use podvisor_proto::{cri, monitor};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, warn};
 
@@ -163,7 +164,7 @@ impl Daemon {
             Ok(network) => network,
             Err(error) => {
                 // A VM that failed at once took its tap along: then that is the reason.
-                let error = vm_failure(&monitor).await.unwrap_or(error);
+                let error = self.why(&id, &monitor, error).await;
                 monitor.kill();
                 return Err(error);
             }
@@ -191,9 +192,26 @@ impl Daemon {
         match configured {
             Ok(answer) => Ok((monitor, answer.snapshot.unwrap_or_default())),
             Err(error) => {
+                let error = match error {
+                    Error::Cancelled => error,
+                    error => self.why(&id, &monitor, error).await,
+                };
                 monitor.kill();
                 Err(error)
             }
+        }
+    }
+
+    /// The reason behind `error`: the VM's end or the monitor's own, if it was that.
+    async fn why(&self, id: &str, monitor: &Monitor, error: Error) -> Error {
+        /// Its sockets are closed a moment before a process has ended.
+        const DEATH: Duration = Duration::from_secs(1);
+        match monitor.first_state().await {
+            Some(snapshot) => vm_failure(&snapshot).unwrap_or(error),
+            None if timeout(DEATH, monitor.died()).await.is_ok() => {
+                Error::MonitorUnreachable(self.monitor_log_tail(id))
+            }
+            None => error,
         }
     }
 
@@ -393,8 +411,7 @@ impl Daemon {
 }
 
 /// Why the VM is gone, if it is.
-async fn vm_failure(monitor: &Monitor) -> Option<Error> {
-    let snapshot = monitor.first_state().await?;
+fn vm_failure(snapshot: &monitor::Snapshot) -> Option<Error> {
     (snapshot.state() == monitor::SandboxState::Stopped).then(|| {
         Error::Precondition(format!(
             "the VM did not boot ({}): {}",

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::virtio_mmio::{Command, QueueSetup, Shared};
 use crate::device::{CONFIG_CHANGED, DeviceError, DeviceEvent};
+use crate::seccomp;
 use crate::served::Served;
 
 /// Enough for the devices; what is not used is not there.
@@ -95,6 +96,10 @@ struct Group {
 
 impl Group {
     fn run(mut self) {
+        if let Err(error) = seccomp::confine(seccomp::Thread::Device) {
+            error!(%error, "a device thread without its filter serves nothing");
+            return;
+        }
         let mut events = [EpollEvent::default(); 16];
         loop {
             let count = match self.epoll.wait(-1, &mut events) {

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::bus::{Bus, Stop};
 use super::exits::{Exit, ExitCounters};
 use super::{KvmError, layout};
+use crate::seccomp;
 use crate::vm::ExitReason;
 
 /// Deep enough for a device's register access; what is not used is not there.
@@ -215,7 +216,11 @@ impl Vcpu {
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 receive_kicks(self.fd.get_kvm_run());
-                if let Some(reason) = self.run(&shared) {
+                let ended = match seccomp::confine(seccomp::Thread::Vcpu) {
+                    Ok(()) => self.run(&shared),
+                    Err(error) => Some(ExitReason::VcpuFailed(format!("seccomp: {error}"))),
+                };
+                if let Some(reason) = ended {
                     shared.end(reason);
                 }
                 RUN.set(ptr::null_mut());

@@ -403,3 +403,6 @@ fn set_half(value: &mut u64, select: u32, half: u32) {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,6 +20,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::device::{DeviceEvent, VirtioDevice};
+use crate::seccomp;
 use crate::served::DeviceCounters;
 use session::Session;
 
@@ -64,6 +65,10 @@ pub(crate) fn serve(
 }
 
 fn run(epoll: &Epoll, session: &Arc<Mutex<Session>>, socket: UnixStream) {
+    if let Err(error) = seccomp::confine(seccomp::Thread::Device) {
+        error!(%error, "a device thread without its filter serves nothing");
+        return;
+    }
     let mut requests = BackendReqHandler::from_stream(socket, session.clone());
     let mut events = [EpollEvent::default(); 8];
     loop {
