@@ -1,5 +1,5 @@
 #!/bin/bash
-# initramfs.sh KERNEL: makes the initramfs of the nested host for a kernel of kernel.sh: busybox,
+# initramfs.sh KERNEL: makes the initramfs of the nested host for a kernel of parts.sh: busybox,
 # init, and the modules that reach the root file system. Prints its path.
 set -euo pipefail
 
