@@ -329,7 +329,7 @@ impl Daemon {
                     warn!(sandbox = pod.id, %error, "no orderly shutdown, killing the VM");
                 }
             }
-            if tokio::time::timeout(Duration::from_secs(2), monitor.died())
+            if timeout(Duration::from_secs(2), monitor.died())
                 .await
                 .is_err()
             {
