@@ -128,10 +128,7 @@ fn survives_a_restless_driver(name: &str) {
                 for chain in 0..8 {
                     let first = chain * 4 % SIZE;
                     let length = message.len() as u32;
-                    let parts = [
-                        (driver::MESSAGE, length, 0),
-                        (driver::DATA, 1500, WRITE),
-                    ];
+                    let parts = [(driver::MESSAGE, length, 0), (driver::DATA, 1500, WRITE)];
                     driver.queues[queue].push_at(first, &parts[usize::from(round % 2)..]);
                 }
                 driver.process(&mut *subject, DeviceEvent::Queue(queue));
