@@ -13,7 +13,7 @@ use podvisor_proto::control::control_client::ControlClient;
 use podvisor_proto::cri::image_service_client::ImageServiceClient;
 use podvisor_proto::cri::runtime_service_client::RuntimeServiceClient;
 use podvisor_proto::monitor::monitor_client::MonitorClient;
-use podvisor_proto::monitor::{Snapshot, WatchRequest};
+use podvisor_proto::monitor::{Snapshot, VmStatsRequest, VmStatsResponse, WatchRequest};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
@@ -148,6 +148,13 @@ pub async fn snapshot(run_dir: &Path, sandbox_id: &str) -> Result<Snapshot, Clie
             "no answer in time",
         ))),
     }
+}
+
+/// Counters of a pod's VM.
+pub async fn vm_stats(run_dir: &Path, sandbox_id: &str) -> Result<VmStatsResponse, ClientError> {
+    let mut monitor = monitor(run_dir, sandbox_id).await?;
+    let stats = monitor.vm_stats(within(CALL, VmStatsRequest {})).await;
+    Ok(stats.map_err(failed("VmStats"))?.into_inner())
 }
 
 /// A request with a deadline, which both sides keep.

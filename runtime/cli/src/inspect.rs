@@ -4,7 +4,7 @@ use podvisor_proto::{cri, monitor};
 use serde_json::{Map, Value, json};
 
 use crate::client::{self, ClientError, Daemon};
-use crate::{Context, pods};
+use crate::{Context, memory, pods};
 
 /// Options of `podvisor inspect`.
 #[derive(Debug, clap::Args)]
@@ -21,10 +21,52 @@ pub async fn inspect(context: &Context, args: InspectArgs) -> anyhow::Result<()>
     let document = json!({
         "id": id,
         "podvisord": or_error(status(context, &id).await),
+        "vm": or_error(vm(context, &id).await),
         "monitor": or_error(snapshot.map(|snapshot| snapshot_json(&snapshot))),
     });
     println!("{}", serde_json::to_string_pretty(&document)?);
     Ok(())
+}
+
+/// The VM: what it has, and what it has done.
+async fn vm(context: &Context, id: &str) -> Result<Value, ClientError> {
+    let run_dir = &context.config.run_dir;
+    let stats = client::vm_stats(run_dir, id).await?;
+    let monitor_pid = client::snapshot(run_dir, id).await?.monitor_pid;
+    // As root it can be read, unless the pod ends just now.
+    let processes = memory::of_pod(monitor_pid, &stats.guest_memory).unwrap_or_default();
+    let resident: u64 = processes.iter().map(|p| p.usage.guest_ram_pss).sum();
+    let overhead: u64 = processes.iter().map(|p| p.usage.pss).sum();
+    let devices = stats.devices.into_iter().map(|device| {
+        let queues = device.queues.into_iter().map(|queue| {
+            json!({
+                "kicks": queue.kicks,
+                "chains": queue.chains,
+                "interrupts": queue.interrupts,
+            })
+        });
+        json!({
+            "name": device.name,
+            "queues": queues.collect::<Vec<_>>(),
+            "counters": counters_json(device.counters),
+        })
+    });
+    Ok(json!({
+        "backend": stats.backend,
+        "vcpus": stats.vcpus,
+        "memory_bytes": stats.memory_bytes,
+        "memory_resident_bytes": resident,
+        "overhead_bytes": overhead,
+        "exits": counters_json(stats.exits),
+        "devices": devices.collect::<Vec<_>>(),
+    }))
+}
+
+fn counters_json(counters: Vec<monitor::Counter>) -> Map<String, Value> {
+    let counters = counters.into_iter();
+    counters
+        .map(|counter| (counter.name, counter.count.into()))
+        .collect()
 }
 
 fn or_error(result: Result<Value, ClientError>) -> Value {

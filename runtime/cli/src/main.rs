@@ -12,6 +12,7 @@
 //! | [`ps`]       | `podvisor ps`                                                              |
 //! | [`console`]  | `podvisor console`: the guest's kernel log                                 |
 //! | [`check`]    | `podvisor check`: what this machine lacks to run pods                      |
+//! | [`memory`]   | what a pod's processes take of the host's memory, by proc(5)              |
 //! | [`bench`]    | `podvisor bench`: times and memory of pods, pulls against another runtime  |
 //! | [`inspect`]  | `podvisor inspect`: what podvisord and the monitor know of a pod           |
 //! | [`timeline`] | the phases of a pod's start                                                |
@@ -27,6 +28,7 @@ mod console;
 mod image;
 mod inspect;
 mod logs;
+mod memory;
 mod pod;
 mod pods;
 mod ps;

@@ -245,6 +245,12 @@ impl Pod {
         client::snapshot(&self.run_dir, id).await
     }
 
+    /// Counters of its VM.
+    pub async fn vm_stats(&self) -> Result<monitor::VmStatsResponse, ClientError> {
+        let id = self.id.as_deref().unwrap_or_default();
+        client::vm_stats(&self.run_dir, id).await
+    }
+
     /// StopPodSandbox.
     pub async fn stop_sandbox(&self) -> Result<(), ClientError> {
         stop_sandbox(&self.daemon, self.id.clone().unwrap_or_default()).await

@@ -54,6 +54,8 @@ pub struct Config {
     pub log: String,
     /// Path of podvisor-monitor; empty: beside podvisord.
     pub monitor: PathBuf,
+    /// What runs VMs.
+    pub vmm: Vmm,
     /// The virtual machines.
     pub vm: Vm,
     /// The QEMU backend.
@@ -84,6 +86,18 @@ pub struct Vm {
     pub boot_timeout_s: u64,
     /// Added to the kernel's command line.
     pub kernel_args: String,
+}
+
+/// What runs VMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vmm {
+    /// Our own where the probe guest runs on KVM, else QEMU.
+    Auto,
+    /// Our own or nothing.
+    Kvm,
+    /// QEMU.
+    Qemu,
 }
 
 /// `[qemu]`
@@ -159,6 +173,7 @@ impl Default for Config {
             data_dir: "/var/lib/podvisor".into(),
             log: "info".into(),
             monitor: PathBuf::new(),
+            vmm: Vmm::Auto,
             vm: Vm::default(),
             qemu: Qemu::default(),
             network: Network::default(),

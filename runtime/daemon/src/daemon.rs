@@ -10,6 +10,7 @@ use podvisor_proto::monitor::WatchRequest;
 use tokio_stream::StreamExt;
 use tracing::{debug, info, warn};
 
+use crate::backend;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::ids::Names;
@@ -25,8 +26,8 @@ const RECONNECT: Duration = Duration::from_millis(500);
 pub struct Daemon {
     /// As read at start.
     pub config: Config,
-    /// Accelerator for QEMU, decided at start: "kvm" or "tcg".
-    pub accel: &'static str,
+    /// What VMs run on.
+    pub vmm: backend::Choice,
     /// Facts an operator should know, repeated by Status.
     pub warnings: Vec<String>,
     /// Records.

@@ -26,10 +26,10 @@
 //! | [`pidfd`]        | processes, held without the danger of reused pids                     |
 //! | [`config`]       | the configuration file                                                |
 //! | [`error`]        | what can go wrong, and its gRPC code                                  |
-//! | [`accel`]        | whether QEMU can use KVM                                              |
+//! | [`backend`]      | what VMs run on: our VMM or QEMU, KVM or software                     |
 //! | [`server`]       | from a configuration to a served socket                               |
 
-pub mod accel;
+pub mod backend;
 pub mod cgroup;
 pub mod config;
 pub mod container;

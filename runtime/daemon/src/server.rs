@@ -20,7 +20,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tracing::{info, warn};
 
-use crate::accel;
+use crate::backend;
 use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::ids::Names;
@@ -110,7 +110,8 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
         plugin_timeout: PLUGIN_TIMEOUT,
     });
     let mut warnings = Vec::new();
-    let accel = accel::choose(&config, &mut warnings).await;
+    let vmm = backend::Choice::make(&config).await;
+    warnings.extend(vmm.warning());
     if !has_cap_sys_resource() {
         warnings.push(
             "no CAP_SYS_RESOURCE: limits cannot be raised and oom_score_adj cannot be lowered"
@@ -118,7 +119,7 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
         );
     }
     Ok(Daemon {
-        accel,
+        vmm,
         warnings,
         store,
         images,

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use podvisor_monitor::launcher::inherited_fds;
-use podvisor_proto::monitor::{Backend, Launch, VmSpec};
+use podvisor_proto::monitor::{Launch, VmSpec};
 use prost::Message;
 use thiserror::Error;
 
@@ -53,7 +53,6 @@ pub struct Inherited {
     pub vsock: UnixListener,
     /// The sandbox's folder.
     pub dir: OwnedFd,
-    /// The same as a path.
     /// The pod's writable disk.
     pub scratch: OwnedFd,
     /// Its size in bytes.
@@ -122,9 +121,6 @@ fn check(launch: &Launch) -> Result<VmSpec, LaunchError> {
     }
     if vm.vcpus == 0 || vm.memory_bytes == 0 {
         return Err(invalid("a VM without CPUs or memory"));
-    }
-    if vm.backend() != Backend::Qemu {
-        return Err(invalid("only the QEMU backend is built in"));
     }
     Ok(vm)
 }

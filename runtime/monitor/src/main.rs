@@ -82,6 +82,7 @@ fn main() -> anyhow::Result<()> {
     // Fails only for who leads a session already.
     let _ = nix::unistd::setsid();
     ignore_signals();
+    podvisor_vmm::seccomp::report_violations();
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -125,7 +126,7 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
     let span = tracing::info_span!("pod", sandbox = inherited.sandbox_id);
     let _entered = span.enter();
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
-    let qemu = vm::qemu_config(&inherited.vm.qemu, &inherited.vm.accel)?;
+    let backend = vm::backend(&inherited.vm)?;
 
     let (console, console_writer) = Console::new().context("the console's pipe")?;
     let (vsock_device, vsock) = VsockDevice::new(GUEST_CID).context("vsock")?;
@@ -163,6 +164,8 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
             Box::pin(async move { vsock.connect(port).await })
         }),
         requested_ns: inherited.requested_ns,
+        vcpus: inherited.vm.vcpus,
+        memory_bytes: inherited.vm.memory_bytes,
     });
 
     let config = VmConfig {
@@ -171,7 +174,7 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
         memory_bytes: inherited.vm.memory_bytes,
         kernel: inherited.kernel,
         initramfs: inherited.initramfs,
-        cmdline: vm::kernel_cmdline(qemu.accel, tsc, &inherited.vm.cmdline),
+        cmdline: vm::kernel_cmdline(&backend, tsc, &inherited.vm.cmdline),
         net: inherited.tap.map(|tap| NetConfig {
             tap,
             mac: inherited.vm.mac,
@@ -184,7 +187,7 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
     tokio::spawn(vm::run(
         Arc::clone(&pod),
         config,
-        qemu,
+        backend,
         inherited.boot_timeout,
     ));
     tokio::spawn(keep_agent(Arc::clone(&pod), agent_connections));

@@ -11,7 +11,7 @@ use podvisor_proto::monitor::{
     CreateContainerResponse, ExecSyncRequest, ExecSyncResponse, RemoveContainerRequest,
     RemoveContainerResponse, ReopenLogRequest, ReopenLogResponse, ShutdownRequest,
     ShutdownResponse, Snapshot, StartContainerRequest, StartContainerResponse,
-    StopContainerRequest, StopContainerResponse, WatchRequest,
+    StopContainerRequest, StopContainerResponse, VmStatsRequest, VmStatsResponse, WatchRequest,
 };
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
@@ -156,6 +156,15 @@ impl Monitor for Service {
             })
         });
         Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn vm_stats(
+        &self,
+        _request: Request<VmStatsRequest>,
+    ) -> Result<Response<VmStatsResponse>, Status> {
+        let stats = self.pod.vm_stats();
+        let stats = stats.ok_or_else(|| Status::failed_precondition("the VM does not run yet"))?;
+        Ok(Response::new(stats))
     }
 
     async fn shutdown(

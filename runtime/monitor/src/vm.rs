@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use podvisor_vmm::qemu::{self, Accel, QemuConfig, TscMeter};
-use podvisor_vmm::{ExitReason, VmConfig};
+use podvisor_proto::monitor::{self, VmSpec};
+use podvisor_vmm::qemu::{Accel, QemuConfig, TscMeter};
+use podvisor_vmm::{Backend, ExitReason, VmConfig, seccomp};
 use tokio::time::{Instant, timeout_at};
 
 use crate::pod::{PHASE_VM_START, Pod};
@@ -14,22 +15,25 @@ use crate::state::now_ns;
 
 /// What every guest's kernel is told:
 /// - its console, where only warnings go, is the serial port;
-/// - a panic, as a reset by the triple fault, ends the VM at once;
+/// - a panic ends the VM at once;
 /// - the CPU's random numbers will do, for there is no other source;
 /// - no checks of hardware that is not there, no switch of code for one CPU and back;
 /// - waits for RCU are short: the guest's start has many, and nobody else to disturb.
-const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on \
+const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 random.trust_cpu=on \
      no_timer_check noreplace-smp rcupdate.rcu_expedited=1";
 
 /// The kernel's words when it dies.
 const PANIC_MARK: &str = "Kernel panic - not syncing";
 
-/// QEMU, as podvisord wants it.
+/// The backend that podvisord wants.
 ///
 /// # Errors
 /// The accelerator's name is not known.
-pub fn qemu_config(binary: &str, accel: &str) -> io::Result<QemuConfig> {
-    let accel = match accel {
+pub fn backend(spec: &VmSpec) -> io::Result<Backend> {
+    if spec.backend() == monitor::Backend::Kvm {
+        return Ok(Backend::Kvm);
+    }
+    let accel = match spec.accel.as_str() {
         "kvm" => Accel::Kvm,
         "tcg" => Accel::Tcg,
         other => {
@@ -37,19 +41,19 @@ pub fn qemu_config(binary: &str, accel: &str) -> io::Result<QemuConfig> {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
     };
-    Ok(QemuConfig {
-        binary: PathBuf::from(binary),
+    Ok(Backend::Qemu(QemuConfig {
+        binary: PathBuf::from(&spec.qemu),
         accel,
-    })
+    }))
 }
 
-/// The kernel's command line: ours, what `accel` needs, and `more`, which wins.
-pub fn kernel_cmdline(accel: Accel, tsc: TscMeter, more: &str) -> String {
+/// The kernel's command line: ours, what `backend` needs, and `more`, which wins.
+pub fn kernel_cmdline(backend: &Backend, tsc: TscMeter, more: &str) -> String {
     // podvisord may have measured the clock's rate once for all.
     let measured = more.contains("tsc_early_khz=");
-    let clock = match accel {
-        Accel::Tcg if !measured => tsc.tcg_cmdline(),
-        Accel::Tcg | Accel::Kvm => String::new(),
+    let clock = match backend {
+        Backend::Qemu(qemu) if qemu.accel == Accel::Tcg && !measured => tsc.tcg_cmdline(),
+        Backend::Qemu(_) | Backend::Kvm => String::new(),
     };
     [KERNEL_CMDLINE, &clock, more]
         .join(" ")
@@ -59,8 +63,8 @@ pub fn kernel_cmdline(accel: Accel, tsc: TscMeter, more: &str) -> String {
 
 /// Starts the VM, waits for its end, and records why it ended. Has to run on the main thread: the
 /// kernel kills QEMU when the thread that started it ends.
-pub async fn run(pod: Arc<Pod>, config: VmConfig, qemu: QemuConfig, boot_timeout: Duration) {
-    let (reason, message) = live(&pod, config, qemu, boot_timeout).await;
+pub async fn run(pod: Arc<Pod>, config: VmConfig, backend: Backend, boot_timeout: Duration) {
+    let (reason, message) = live(&pod, config, backend, boot_timeout).await;
     pod.set_vm_gone(reason, message).await;
 }
 
@@ -68,14 +72,14 @@ pub async fn run(pod: Arc<Pod>, config: VmConfig, qemu: QemuConfig, boot_timeout
 async fn live(
     pod: &Pod,
     config: VmConfig,
-    qemu: QemuConfig,
+    backend: Backend,
     boot_timeout: Duration,
 ) -> (&'static str, String) {
     let boot_deadline = Instant::now() + boot_timeout;
     let start_ns = now_ns();
     // Its end is corrected by the guest's own clock, once the agent is there.
     let started = tokio::select! {
-        started = timeout_at(boot_deadline, qemu::start(config, qemu)) => started,
+        started = timeout_at(boot_deadline, podvisor_vmm::start(config, backend)) => started,
         () = pod.vm_kill().cancelled() => return ("Shutdown", String::new()),
     };
     let mut vm = match started {
@@ -86,9 +90,15 @@ async fn live(
         }
         Err(_) => return ("BootTimeout", boot_timeout_message(boot_timeout)),
     };
+    // Not before: QEMU would inherit it.
+    if let Err(error) = seccomp::confine(seccomp::Thread::Main) {
+        vm.kill().await;
+        return ("VmmExited", format!("no system call filter: {error}"));
+    }
     pod.add_phase(PHASE_VM_START, start_ns, now_ns());
     let vmm_pid = vm.pid().unwrap_or_default();
     pod.state().update(|snapshot| snapshot.vmm_pid = vmm_pid);
+    pod.set_vm_counters(vm.backend(), vm.counters());
     tracing::info!(vmm_pid, backend = vm.backend(), "the VM runs");
 
     let booted = async {
@@ -123,6 +133,8 @@ async fn exit_reason(pod: &Pod, exit: ExitReason) -> (&'static str, String) {
     let reason = match exit {
         _ if panicked => "GuestPanic",
         ExitReason::GuestShutdown | ExitReason::GuestReset => "GuestExited",
+        ExitReason::TripleFault => "TripleFault",
+        ExitReason::VcpuFailed(_) => "VcpuFailed",
         _ => "VmmExited",
     };
     (reason, message)
@@ -145,19 +157,31 @@ async fn with_console(pod: &Pod, message: &str) -> String {
 mod tests {
     use super::*;
 
+    fn qemu(accel: &str) -> VmSpec {
+        VmSpec {
+            qemu: "/q".to_owned(),
+            accel: accel.to_owned(),
+            ..VmSpec::default()
+        }
+    }
+
     #[test]
     fn the_command_line() {
-        let line = |accel, more| kernel_cmdline(accel, TscMeter::start(), more);
-        assert_eq!(line(Accel::Kvm, ""), KERNEL_CMDLINE);
-        assert!(line(Accel::Tcg, "loglevel=7").contains(" tsc_early_khz="));
-        assert!(line(Accel::Tcg, "loglevel=7").ends_with(" loglevel=7"));
-        let measured = line(Accel::Tcg, "tsc_early_khz=1");
+        let tcg = backend(&qemu("tcg")).expect("known");
+        let line = |backend, more| kernel_cmdline(backend, TscMeter::start(), more);
+        assert_eq!(line(&Backend::Kvm, ""), KERNEL_CMDLINE);
+        assert!(line(&tcg, "loglevel=7").contains(" tsc_early_khz="));
+        assert!(line(&tcg, "loglevel=7").ends_with(" loglevel=7"));
+        let measured = line(&tcg, "tsc_early_khz=1");
         assert_eq!(measured.matches("tsc_early_khz").count(), 1);
     }
 
     #[test]
-    fn accelerators() {
-        assert_eq!(qemu_config("/q", "tcg").expect("known").accel, Accel::Tcg);
-        assert!(qemu_config("/q", "hax").is_err());
+    fn backends() {
+        let Ok(Backend::Qemu(config)) = backend(&qemu("kvm")) else {
+            panic!("not QEMU")
+        };
+        assert_eq!(config.accel, Accel::Kvm);
+        assert!(backend(&qemu("hax")).is_err());
     }
 }

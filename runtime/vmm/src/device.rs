@@ -110,12 +110,14 @@ const USED_ELEMENT_BYTES: u64 = 8;
 #[derive(Debug)]
 pub struct QueueRef<'a> {
     queue: &'a mut Queue,
+    first_used: u16,
 }
 
 impl<'a> QueueRef<'a> {
     /// Wraps a queue. A transport that has stopped it clears its ready flag first.
     pub fn new(queue: &'a mut Queue) -> Self {
-        Self { queue }
+        let first_used = queue.next_used();
+        Self { queue, first_used }
     }
 
     /// Whether the driver has set the queue up.
@@ -156,6 +158,11 @@ impl<'a> QueueRef<'a> {
         written: u32,
     ) -> Result<(), DeviceError> {
         Ok(self.queue.add_used(memory, head, written)?)
+    }
+
+    /// Chains given back since this was made.
+    pub fn used(&self) -> u64 {
+        self.queue.next_used().wrapping_sub(self.first_used).into()
     }
 
     /// Returns several chains to the driver, as (head, bytes written), so that it sees all of them or none.

@@ -1,13 +1,11 @@
 //! `podvisor bench`: what a user of the product waits for and pays.
 //!
 //! - [`pods`]: pods one after the other and in parallel, by RPC and by phase; memory while they run.
-//! - [`memory`]: proc(5) of a pod's processes.
 //! - [`pull`]: pull and unpack, against another CRI runtime.
 //! - [`stats`], [`report`]: samples to numbers, numbers to tables and JSON.
 //!
 //! Everything is measured from outside, through the CRI socket, as a kubelet would meet it.
 
-mod memory;
 mod pods;
 mod pull;
 mod report;

@@ -6,9 +6,9 @@ use std::time::Instant;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use podvisor_proto::cri;
 
-use super::memory;
 use super::stats::{Samples, Unit};
 use crate::client::{self, Daemon};
+use crate::memory;
 use crate::pod::{self, Pod};
 use crate::timeline;
 
@@ -18,6 +18,9 @@ pub const SERIAL: &str = "one by one";
 pub const BOOT: &str = "VMM's start to agent ready";
 /// Group of what processes take.
 pub const MEMORY: &str = "memory";
+
+/// Group of the vCPUs' exits, since the VM began.
+pub const EXITS: &str = "VM exits";
 
 /// ExecSync calls per pod.
 const EXECS: usize = 5;
@@ -186,7 +189,8 @@ async fn remove(group: &str, running: Running) -> anyhow::Result<Samples> {
 /// Memory of each host process of a pod, of all of podvisor's own together, and of the guest.
 async fn memory_of_pod(running: &Running) -> anyhow::Result<Samples> {
     let snapshot = running.pod.snapshot().await?;
-    let processes = memory::of_pod(snapshot.monitor_pid)?;
+    let stats = running.pod.vm_stats().await?;
+    let processes = memory::of_pod(snapshot.monitor_pid, &stats.guest_memory)?;
     let meminfo = running.exec(&["cat", "/proc/meminfo"]).await?;
 
     let mut samples = Samples::default();
@@ -211,21 +215,22 @@ async fn memory_of_pod(running: &Running) -> anyhow::Result<Samples> {
     // Each process has its share of the pages that are there.
     let guest_ram = processes.iter().map(|process| process.usage.guest_ram_pss);
     add("guest RAM on the host", guest_ram.sum());
-    let size = processes
-        .iter()
-        .map(|process| process.usage.guest_ram_size)
-        .max();
     let available = memory::available(&String::from_utf8_lossy(&meminfo));
-    if let (Some(size), Some(available)) = (size, available) {
+    if let Some(available) = available {
         // Of the VM's size: what the kernel took before it began to count is used, too.
-        add("guest: used at idle", size.saturating_sub(available));
+        let used = stats.memory_bytes.saturating_sub(available);
+        add("guest: used at idle", used);
+    }
+    for exit in stats.exits {
+        let name = format!("{EXITS}/{}", exit.name);
+        samples.add(name, Unit::Count, exit.count as f64);
     }
     Ok(samples)
 }
 
 /// The daemon's own memory, which does not grow with each pod as the monitors' does.
 async fn memory_of_podvisord(socket: &Path) -> anyhow::Result<Samples> {
-    let usage = memory::process(client::listener_pid(socket).await?)?.usage;
+    let usage = memory::process(client::listener_pid(socket).await?, &[])?.usage;
     let mut samples = Samples::default();
     for (name, bytes) in [("PSS", usage.pss), ("private", usage.private)] {
         let name = format!("{MEMORY}/podvisord, the one: {name}");

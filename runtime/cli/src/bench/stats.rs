@@ -11,6 +11,9 @@ pub enum Unit {
     /// Mebibytes.
     #[serde(rename = "MiB")]
     Mebibytes,
+    /// Just how many.
+    #[serde(rename = "")]
+    Count,
 }
 
 impl Unit {
@@ -19,6 +22,7 @@ impl Unit {
         match self {
             Self::Milliseconds => "ms",
             Self::Mebibytes => "MiB",
+            Self::Count => "",
         }
     }
 }

@@ -9,7 +9,10 @@ use indicatif::HumanBytes;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
+use podvisor_daemon::backend::Choice;
+use podvisor_daemon::config::Config;
 use podvisor_network::{netns, tap, tc};
+use podvisor_proto::monitor::Backend;
 
 use super::Finding;
 use crate::Context;
@@ -31,7 +34,7 @@ pub async fn check(context: &Context) -> Vec<Finding> {
     vec![
         root(capabilities),
         oom_score(capabilities),
-        kvm(Path::new("/dev/kvm")),
+        kvm(&context.config, &Choice::make(&context.config).await),
         kernel(),
         cgroups(),
         network().await,
@@ -95,27 +98,26 @@ fn effective_capabilities(status: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
-fn kvm(path: &Path) -> Finding {
+/// KVM as podvisord would find it: by a guest.
+fn kvm(config: &Config, choice: &Choice) -> Finding {
     const NAME: &str = "KVM";
-    const WHY: &str =
-        "virtual machines at the speed of the hardware; without it QEMU translates (TCG)";
-    match fs::OpenOptions::new().read(true).write(true).open(path) {
-        Ok(_) => Finding::note(
+    const WHY: &str = "virtual machines at the speed of the hardware, in podvisor's own VMM";
+    match (&choice.kvm_problem, choice.problem()) {
+        (None, _) if choice.backend == Backend::Kvm => {
+            Finding::ok(NAME, WHY, "/dev/kvm: the probe guest ran")
+        }
+        (None, _) => Finding::ok(NAME, WHY, "not used: the configuration says so"),
+        (Some(why), Some(_)) => Finding::missing(
             NAME,
             WHY,
-            format!("{} can be opened; not tried with a guest", path.display()),
-            "some cloud machines have a software KVM that runs no stock kernel: see podvisord's log for the backend it chose",
+            why,
+            format!("as above; or vmm = \"auto\" instead of {:?}", config.vmm),
         ),
-        Err(error) => Finding::note(
+        (Some(why), None) => Finding::note(
             NAME,
             WHY,
-            format!("{}: {error}", path.display()),
-            match error.kind() {
-                io::ErrorKind::PermissionDenied => "run this as root".to_owned(),
-                _ => "pods run, more slowly. Enable virtualisation in the firmware (on a cloud machine: nested \
-                      virtualisation) and load kvm-intel or kvm-amd"
-                    .to_owned(),
-            },
+            why,
+            "pods run nevertheless, slowly, in QEMU's software emulation",
         ),
     }
 }
@@ -267,6 +269,8 @@ fn disk(data_dir: &Path) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use podvisor_daemon::config::Vmm;
+
     use super::super::State;
     use super::*;
 
@@ -284,10 +288,19 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_kvm_is_no_reason_to_fail() {
-        let finding = kvm(Path::new("/nonexistent/kvm"));
-        assert_eq!(finding.state, State::Note);
-        assert!(finding.remedy.unwrap().contains("more slowly"));
+    fn kvm_fails_only_who_demands_it() {
+        let mut config = Config::default();
+        let mut choice = Choice {
+            backend: Backend::Qemu,
+            accel: "tcg",
+            kvm_problem: Some("no /dev/kvm".into()),
+        };
+        assert_eq!(kvm(&config, &choice).state, State::Note);
+        config.vmm = Vmm::Kvm;
+        choice.backend = Backend::Kvm;
+        assert_eq!(kvm(&config, &choice).state, State::Missing);
+        choice.kvm_problem = None;
+        assert_eq!(kvm(&config, &choice).state, State::Ok);
     }
 
     #[test]

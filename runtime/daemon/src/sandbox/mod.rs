@@ -125,9 +125,9 @@ impl Daemon {
                 memory_bytes: size.memory_bytes,
                 cmdline: self.config.vm.kernel_args.clone(),
                 mac: START_MAC.into(),
-                backend: monitor::Backend::Qemu as i32,
+                backend: self.vmm.backend.into(),
                 qemu: self.config.qemu.binary.display().to_string(),
-                accel: self.accel.into(),
+                accel: self.vmm.accel.into(),
                 ..Default::default()
             }),
             scratch_bytes: self.config.vm.scratch_mib << 20,

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use podvisor_proto::{cri, monitor};
+use podvisor_proto::cri;
+use podvisor_proto::monitor::{self, Backend};
 use serde_json::json;
 
 use crate::config::CgroupDriver;
@@ -33,12 +34,11 @@ pub fn runtime_config(daemon: &Daemon) -> cri::RuntimeConfigResponse {
 
 pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
     let network = daemon.cni.status().await;
-    let missing = missing_file(daemon);
+    let missing = missing_file(daemon).map(|what| ("RuntimeIncomplete", what));
+    let unusable = daemon.vmm.problem();
+    let problem = missing.or(unusable.map(|why| ("KvmUnusable", why.to_owned())));
     let conditions = vec![
-        condition(
-            "RuntimeReady",
-            missing.map(|what| ("RuntimeIncomplete", what)),
-        ),
+        condition("RuntimeReady", problem),
         condition(
             "NetworkReady",
             network
@@ -53,12 +53,16 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
     };
     let mut info = HashMap::new();
     if verbose {
+        let vmm = match daemon.vmm.backend {
+            Backend::Kvm => json!({ "backend": "kvm" }),
+            Backend::Qemu => json!({ "backend": "qemu", "accelerator": daemon.vmm.accel }),
+        };
         info.insert(
             "podvisor".to_owned(),
             json!({
                 "version": env!("CARGO_PKG_VERSION"),
-                "backend": "qemu",
-                "accelerator": daemon.accel,
+                "vmm": vmm,
+                "kvm_problem": daemon.vmm.kvm_problem,
                 "warnings": daemon.warnings,
                 "network": network.ok().map(|network| json!({
                     "name": network.name,
@@ -86,12 +90,14 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
 
 /// The first thing without which no pod can start.
 fn missing_file(daemon: &Daemon) -> Option<String> {
+    let qemu = (daemon.vmm.backend == Backend::Qemu).then(|| daemon.config.qemu.binary.clone());
     [
-        ("guest kernel", daemon.config.kernel_path()),
-        ("guest initramfs", daemon.config.initramfs_path()),
-        ("QEMU", daemon.config.qemu.binary.clone()),
+        ("guest kernel", Some(daemon.config.kernel_path())),
+        ("guest initramfs", Some(daemon.config.initramfs_path())),
+        ("QEMU", qemu),
     ]
     .into_iter()
+    .filter_map(|(what, path)| Some((what, path?)))
     .find(|(_, path)| !path.exists())
     .map(|(what, path)| format!("{what} {} is not there", path.display()))
 }

@@ -4,6 +4,7 @@
 //! - [`container`]: what is kept of one container, and how it ends
 //! - [`create`], [`start`], [`stop`], [`exec`], [`shutdown`]: what callers ask for
 //! - [`layers`]: image layers on the pod's disk
+//! - [`vm_facts`]: what is known of the VM, for who inspects it
 //! - [`streams`]: byte streams between a process in the guest and the monitor
 //!
 //! Facts for callers are in [`State`]; what only the monitor needs is in [`Container`]. Both change
@@ -20,6 +21,7 @@ mod stop;
 mod streams;
 #[cfg(test)]
 mod tests;
+mod vm_facts;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,9 +29,9 @@ use std::time::Duration;
 
 use podvisor_proto::agent::{self, Event, HelloResponse, event};
 use podvisor_proto::monitor::{
-    ConfigureRequest, ContainerState, SandboxState, Snapshot, TimelineEntry,
+    ConfigureRequest, ContainerState, SandboxState, Snapshot, TimelineEntry, VmStatsResponse,
 };
-use podvisor_vmm::SegmentMap;
+use podvisor_vmm::{SegmentMap, VmCounters};
 use thiserror::Error;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::sleep;
@@ -45,6 +47,7 @@ use container::Container;
 use exec::Execs;
 use layers::{LayerError, Layers};
 pub use streams::Dial;
+use vm_facts::VmFacts;
 
 /// Execs at a time: each may keep its output in our memory.
 const MAX_EXECS: usize = 64;
@@ -143,6 +146,10 @@ pub struct Parts {
     pub dial: Dial,
     /// Zero of the timeline, nanoseconds since the epoch.
     pub requested_ns: u64,
+    /// Virtual CPUs of the VM.
+    pub vcpus: u32,
+    /// Its memory.
+    pub memory_bytes: u64,
 }
 
 /// The pod.
@@ -154,6 +161,7 @@ pub struct Pod {
     scratch: agent::Segment,
     dial: Dial,
     requested_ns: u64,
+    vm: VmFacts,
     agent: watch::Sender<Option<Agent>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     execs: Execs,
@@ -180,6 +188,7 @@ impl Pod {
             scratch: parts.scratch,
             dial: parts.dial,
             requested_ns: parts.requested_ns,
+            vm: VmFacts::new(parts.vcpus, parts.memory_bytes),
             agent: watch::Sender::new(None),
             containers: Mutex::default(),
             execs: Execs::default(),
@@ -231,6 +240,16 @@ impl Pod {
             end_ns: end_ns.saturating_sub(self.requested_ns),
         };
         self.state.update(|snapshot| snapshot.timeline.push(entry));
+    }
+
+    /// The VM runs: from now on its counters can be asked for.
+    pub fn set_vm_counters(&self, backend: &'static str, counters: VmCounters) {
+        self.vm.set_running(backend, counters);
+    }
+
+    /// Counters of the VM. `None`: it never ran.
+    pub fn vm_stats(&self) -> Option<VmStatsResponse> {
+        self.vm.stats()
     }
 
     /// Sets the sandbox and its network once the agent is there.

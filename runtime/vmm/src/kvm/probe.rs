@@ -3,7 +3,8 @@
 //! That `/dev/kvm` opens proves little: some cloud machines offer a software KVM (module `kvm_pvm`)
 //! on which the first `lock cmpxchg16b` in kernel mode ends in KVM_EXIT_INTERNAL_ERROR. The guest
 //! does, in 64-bit mode at CPL 0, what every kernel does in its first milliseconds: `lock cmpxchg16b`,
-//! `int3` through an IDT, `iretq`, port output. Takes about a millisecond where KVM works.
+//! `int3` through an IDT, `iretq`, a wait for an interrupt of the local APIC's timer, port output. Takes
+//! about a millisecond where KVM works.
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
@@ -13,11 +14,19 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 /// Why KVM cannot be used. Each is a sentence with its remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
-    /// No device.
-    #[error("/dev/kvm is not there: load kvm_intel or kvm_amd, or switch nested virtualisation on")]
+    /// No device, though the CPU could.
+    #[error("/dev/kvm is not there: load the kernel module kvm_intel or kvm_amd")]
     Missing,
+    /// No device, and a CPU that could not.
+    #[error(
+        "/dev/kvm is not there, and this CPU offers no virtualisation: enable it in the firmware or, if this machine \
+         is itself virtual, nested virtualisation at its host"
+    )]
+    NoVirtualisation,
     /// Not ours.
-    #[error("/dev/kvm cannot be opened: no permission")]
+    #[error(
+        "/dev/kvm cannot be opened, no permission: run as root, in a container with the device allowed"
+    )]
     Permission,
     /// The probe guest could not be set up.
     #[error("KVM refuses {call}: {source}")]
@@ -28,7 +37,7 @@ pub enum ProbeError {
         source: std::io::Error,
     },
     /// The probe guest ended in a way that no guest should.
-    #[error("the probe guest ended with {0}: this KVM cannot run a stock kernel")]
+    #[error("the probe guest ended with {0}: this KVM (a software one?) cannot run a stock kernel")]
     Exit(String),
 }
 
@@ -45,27 +54,69 @@ const HANDLER: u64 = 0x8100;
 /// Selector of the code segment: entry 1 of the GDT.
 const CODE_SELECTOR: u16 = 1 << 3;
 
-/// Where the guest writes [`DONE`].
+/// Vectors that the guest takes: the breakpoint's (Intel SDM 3A, 6.15) and the one it gives to the timer.
+const BREAKPOINT: u64 = 3;
+const TIMER: u64 = 0x20;
+
+/// Where the guest writes how many of them it took.
 const PORT: u16 = 0xf4;
-const DONE: u8 = 0x42;
+const DONE: u8 = 2;
 
-/// The guest: 16 bytes at 0x9000 are compared and exchanged, a breakpoint is taken and returned from,
-/// and the result goes to the port.
-const PROGRAM: &[u8] = &[
-    0xbf, 0x00, 0x90, 0x00, 0x00, // mov edi, 0x9000
-    0x31, 0xc0, // xor eax, eax
-    0x31, 0xd2, // xor edx, edx
-    0xbb, 0x01, 0x00, 0x00, 0x00, // mov ebx, 1
-    0xb9, 0x02, 0x00, 0x00, 0x00, // mov ecx, 2
-    0xf0, 0x48, 0x0f, 0xc7, 0x0f, // lock cmpxchg16b [rdi]
-    0xcc, // int3
-    0xe6, 0xf4, // out 0xf4, al
-    0xf4, // hlt
-];
+/// The local APIC's registers in x2APIC mode (Intel SDM 3A, table 10-6).
+const IA32_APIC_BASE: u32 = 0x1b;
+const X2APIC_SPURIOUS: u32 = 0x80f;
+const X2APIC_TIMER: u32 = 0x832;
+const X2APIC_TIMER_COUNT: u32 = 0x838;
 
-/// The breakpoint's handler. Only it loads the value that counts as done.
-const BREAKPOINT: &[u8] = &[
-    0xb0, DONE, // mov al, DONE
+/// The guest: 16 bytes at 0x9000 are compared and exchanged, a breakpoint is taken and returned from, the CPU halts
+/// until its timer interrupts it, and the count goes to the port.
+fn program() -> Vec<u8> {
+    // The boot CPU's, at its usual address, enabled, in x2APIC mode.
+    const APIC_BASE: u32 = super::layout::LOCAL_APIC | 1 << 11 | 1 << 10 | 1 << 8;
+    const APIC_ENABLED: u32 = 1 << 8 | 0xff;
+    let compare_and_exchange = [
+        0xbf, 0x00, 0x90, 0x00, 0x00, // mov edi, 0x9000
+        0x31, 0xc0, // xor eax, eax
+        0x31, 0xd2, // xor edx, edx
+        0xbb, 0x01, 0x00, 0x00, 0x00, // mov ebx, 1
+        0xb9, 0x02, 0x00, 0x00, 0x00, // mov ecx, 2
+        0xf0, 0x48, 0x0f, 0xc7, 0x0f, // lock cmpxchg16b [rdi]
+        0xcc, // int3
+    ];
+    let wait_and_tell = [
+        0xfb, // sti
+        0xf4, // hlt
+        0x89, 0xf0, // mov eax, esi
+        0xe6, PORT as u8, // out PORT, al
+        0xf4,       // hlt
+    ];
+    [
+        &compare_and_exchange[..],
+        &wrmsr(IA32_APIC_BASE, APIC_BASE),
+        &wrmsr(X2APIC_SPURIOUS, APIC_ENABLED),
+        // Once, by the counter, which is divided by 2 unless told otherwise.
+        &wrmsr(X2APIC_TIMER, TIMER as u32),
+        &wrmsr(X2APIC_TIMER_COUNT, 1000),
+        &wait_and_tell,
+    ]
+    .concat()
+}
+
+fn wrmsr(msr: u32, value: u32) -> [u8; 14] {
+    let mut code = [
+        0xb9, 0, 0, 0, 0, // mov ecx, msr
+        0xb8, 0, 0, 0, 0, // mov eax, value
+        0x31, 0xd2, // xor edx, edx
+        0x0f, 0x30, // wrmsr
+    ];
+    code[1..5].copy_from_slice(&msr.to_le_bytes());
+    code[6..10].copy_from_slice(&value.to_le_bytes());
+    code
+}
+
+/// Both vectors' handler: counts in ESI, which is 0 at first.
+const COUNT_INTERRUPT: &[u8] = &[
+    0xff, 0xc6, // inc esi
     0x48, 0xcf, // iretq
 ];
 
@@ -75,7 +126,7 @@ const BREAKPOINT: &[u8] = &[
 /// Why KVM cannot be used.
 pub fn run() -> Result<(), ProbeError> {
     let kvm = Kvm::new().map_err(|error| match Errno::from_raw(error.errno()) {
-        Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => ProbeError::Missing,
+        Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => missing(),
         Errno::EACCES | Errno::EPERM => ProbeError::Permission,
         _ => call("opening /dev/kvm")(error),
     })?;
@@ -96,6 +147,7 @@ pub fn run() -> Result<(), ProbeError> {
     unsafe { vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
     load(&memory).map_err(|error| setup(std::io::Error::other(error)))?;
 
+    vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
     let cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -117,7 +169,7 @@ pub fn run() -> Result<(), ProbeError> {
     }
 }
 
-/// Page tables that map the first 2 MiB to themselves, a code segment, a breakpoint gate, the program.
+/// Page tables that map the first 2 MiB to themselves, a code segment, two gates, the program.
 fn load(memory: &GuestMemoryMmap<()>) -> Result<(), vm_memory::GuestMemoryError> {
     const PRESENT_WRITABLE: u64 = 0b11;
     const LARGE_PAGE: u64 = 1 << 7;
@@ -128,9 +180,11 @@ fn load(memory: &GuestMemoryMmap<()>) -> Result<(), vm_memory::GuestMemoryError>
     memory.write_obj(PAGE_DIRECTORY | PRESENT_WRITABLE, GuestAddress(PDPT))?;
     memory.write_obj(PRESENT_WRITABLE | LARGE_PAGE, GuestAddress(PAGE_DIRECTORY))?;
     memory.write_obj(CODE_64, GuestAddress(GDT + u64::from(CODE_SELECTOR)))?;
-    memory.write_obj(gate, GuestAddress(IDT + 3 * 16))?;
-    memory.write_slice(PROGRAM, GuestAddress(CODE))?;
-    memory.write_slice(BREAKPOINT, GuestAddress(HANDLER))
+    for vector in [BREAKPOINT, TIMER] {
+        memory.write_obj(gate, GuestAddress(IDT + vector * 16))?;
+    }
+    memory.write_slice(&program(), GuestAddress(CODE))?;
+    memory.write_slice(COUNT_INTERRUPT, GuestAddress(HANDLER))
 }
 
 fn enter_long_mode(sregs: &mut kvm_bindings::kvm_sregs) {
@@ -162,11 +216,22 @@ fn enter_long_mode(sregs: &mut kvm_bindings::kvm_sregs) {
     sregs.gdt.base = GDT;
     sregs.gdt.limit = 2 * 8 - 1;
     sregs.idt.base = IDT;
-    sregs.idt.limit = 4 * 16 - 1;
+    sregs.idt.limit = (TIMER as u16 + 1) * 16 - 1;
     sregs.cr3 = PML4;
     sregs.cr4 = CR4_PAE;
     sregs.cr0 |= CR0_PE_PG;
     sregs.efer = EFER_LME_LMA;
+}
+
+/// Why there is no /dev/kvm.
+fn missing() -> ProbeError {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags"));
+    let mut flags = flags.unwrap_or_default().split_whitespace();
+    match flags.any(|flag| flag == "vmx" || flag == "svm") {
+        true => ProbeError::Missing,
+        false => ProbeError::NoVirtualisation,
+    }
 }
 
 fn call(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> ProbeError {
@@ -193,7 +258,9 @@ mod tests {
     fn the_probe_ends_with_an_answer() {
         match run() {
             Ok(()) => assert!(std::path::Path::new("/dev/kvm").exists()),
-            Err(ProbeError::Missing) => assert!(!std::path::Path::new("/dev/kvm").exists()),
+            Err(ProbeError::Missing | ProbeError::NoVirtualisation) => {
+                assert!(!std::path::Path::new("/dev/kvm").exists())
+            }
             Err(error) => assert!(!error.to_string().is_empty()),
         }
     }

@@ -94,7 +94,8 @@ pub(super) fn arguments(config: &VmConfig, accel: Accel, sockets: &Sockets) -> A
         "-initrd",
         &format!("/proc/self/fd/{initramfs}"),
     ]);
-    args.add(["-append", &config.cmdline]);
+    // Without ACPI or a keyboard controller, only a triple fault resets.
+    args.add(["-append", &format!("reboot=t {}", config.cmdline)]);
 
     let control = args.pass(sockets.control.as_fd());
     args.add([

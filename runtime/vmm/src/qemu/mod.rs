@@ -13,19 +13,19 @@ mod qmp;
 mod tsc;
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitStatus;
+use std::sync::Arc;
 
-use nix::sys::stat::fstat;
 use thiserror::Error;
 use tracing::debug;
 
 use crate::device::VirtioDevice;
 use crate::devices::disk::SegmentDisk;
+use crate::served::DeviceCounters;
 use crate::vhost_user;
-use crate::vm::{BoxFuture, ExitReason, VmConfig, Vmm};
+use crate::vm::{BoxFuture, ExitReason, VmConfig, VmCounters, Vmm};
 use command::Sockets;
 use process::Process;
 use qmp::Qmp;
@@ -91,9 +91,6 @@ impl QemuError {
     }
 }
 
-/// Least guest memory: the kernel and its initramfs unpacked, with nothing to spare.
-const MIN_MEMORY_BYTES: u64 = 64 << 20;
-
 /// What `-M microvm` takes.
 const MAX_VCPUS: u32 = 288;
 
@@ -131,14 +128,17 @@ pub async fn start(config: VmConfig, qemu: QemuConfig) -> Result<Box<dyn Vmm>, Q
     drop(sockets);
 
     // The threads end when QEMU does, also when a later step here fails.
-    serve("virtio-disk", Box::new(SegmentDisk::new(config.disk)), disk)?;
-    serve("virtio-vsock", Box::new(config.vsock), vsock)?;
+    let counters = vec![
+        serve("disk", Box::new(SegmentDisk::new(config.disk)), disk)?,
+        serve("vsock", Box::new(config.vsock), vsock)?,
+    ];
 
     match Qmp::connect(control).await {
         Ok(qmp) => Ok(Box::new(Qemu {
             process,
             qmp,
             killed: false,
+            counters,
         })),
         Err(error) => {
             // Either QEMU has ended, which says more than the broken socket, or it is stuck.
@@ -160,26 +160,13 @@ fn serve(
     name: &'static str,
     device: Box<dyn VirtioDevice>,
     socket: UnixStream,
-) -> Result<(), QemuError> {
-    vhost_user::serve(name, device, socket)
-        .map(drop)
-        .map_err(QemuError::host(name))
+) -> Result<Arc<DeviceCounters>, QemuError> {
+    vhost_user::serve(name, device, socket).map_err(QemuError::host(name))
 }
 
 fn check(config: &VmConfig) -> Result<(), QemuError> {
+    config.check(MAX_VCPUS).map_err(QemuError::Config)?;
     let wrong = |message: String| Err(QemuError::Config(message));
-    if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
-        return wrong(format!(
-            "{} virtual CPUs: from 1 to {MAX_VCPUS} are possible",
-            config.vcpus
-        ));
-    }
-    if config.memory_bytes < MIN_MEMORY_BYTES || !config.memory_bytes.is_multiple_of(1 << 20) {
-        return wrong(format!(
-            "{} bytes of memory: at least {MIN_MEMORY_BYTES} and whole mebibytes are needed",
-            config.memory_bytes
-        ));
-    }
     // Commas and spaces have a meaning in QEMU's options.
     let plain =
         |text: &str, also: char| text.chars().all(|c| c.is_ascii_alphanumeric() || c == also);
@@ -194,21 +181,7 @@ fn check(config: &VmConfig) -> Result<(), QemuError> {
     {
         return wrong(format!("not a MAC address: {:?}", net.mac));
     }
-    check_image("kernel", &config.kernel)?;
-    check_image("initramfs", &config.initramfs)
-}
-
-fn check_image(what: &str, image: &OwnedFd) -> Result<(), QemuError> {
-    match fstat(image.as_fd()) {
-        Ok(stat) if stat.st_mode & libc::S_IFMT != libc::S_IFREG => Err(QemuError::Config(
-            format!("the {what} is not a regular file"),
-        )),
-        Ok(stat) if stat.st_size == 0 => Err(QemuError::Config(format!("the {what} is empty"))),
-        Ok(_) => Ok(()),
-        Err(error) => Err(QemuError::Config(format!(
-            "the {what} cannot be used: {error}"
-        ))),
-    }
+    Ok(())
 }
 
 /// A VM in a QEMU.
@@ -216,6 +189,7 @@ struct Qemu {
     process: Process,
     qmp: Qmp,
     killed: bool,
+    counters: Vec<Arc<DeviceCounters>>,
 }
 
 impl Vmm for Qemu {
@@ -251,5 +225,20 @@ impl Vmm for Qemu {
             }
             self.process.ended().await;
         })
+    }
+
+    fn pause(&mut self) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async { self.qmp.execute("stop").await.map(drop) })
+    }
+
+    fn resume(&mut self) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async { self.qmp.execute("cont").await.map(drop) })
+    }
+
+    fn counters(&self) -> VmCounters {
+        VmCounters {
+            devices: self.counters.clone(),
+            ..VmCounters::default()
+        }
     }
 }

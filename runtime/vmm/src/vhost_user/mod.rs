@@ -20,6 +20,8 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::device::{DeviceEvent, VirtioDevice};
+use crate::seccomp;
+use crate::served::DeviceCounters;
 use session::Session;
 
 /// Tokens in the thread's epoll. A queue has its index.
@@ -29,15 +31,16 @@ const WAKE: u64 = u64::MAX - 1;
 /// Enough for the devices and for messages of vhost-user; threads' stacks are not touched beyond what they use.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Starts the thread that serves `device` on a connected socket. It ends when the other end is closed.
+/// Starts the thread that serves `device` on a connected socket. It ends when the other end is closed. Returns
+/// what it counts.
 ///
 /// # Errors
 /// No thread or no file descriptor is left.
 pub(crate) fn serve(
-    name: &str,
+    name: &'static str,
     device: Box<dyn VirtioDevice>,
     socket: UnixStream,
-) -> io::Result<thread::JoinHandle<()>> {
+) -> io::Result<Arc<DeviceCounters>> {
     let epoll = Arc::new(Epoll::new()?);
     epoll.ctl(
         ControlOperation::Add,
@@ -51,14 +54,21 @@ pub(crate) fn serve(
             EpollEvent::new(EventSet::IN, WAKE),
         )?;
     }
-    let session = Arc::new(Mutex::new(Session::new(name, device, epoll.clone())?));
+    let session = Session::new(name, device, epoll.clone())?;
+    let counters = session.counters();
+    let session = Arc::new(Mutex::new(session));
     thread::Builder::new()
         .name(name.to_owned())
         .stack_size(STACK_BYTES)
-        .spawn(move || run(&epoll, &session, socket))
+        .spawn(move || run(&epoll, &session, socket))?;
+    Ok(counters)
 }
 
 fn run(epoll: &Epoll, session: &Arc<Mutex<Session>>, socket: UnixStream) {
+    if let Err(error) = seccomp::confine(seccomp::Thread::Device) {
+        error!(%error, "a device thread without its filter serves nothing");
+        return;
+    }
     let mut requests = BackendReqHandler::from_stream(socket, session.clone());
     let mut events = [EpollEvent::default(); 8];
     loop {

@@ -22,7 +22,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::WAKE;
-use crate::device::{DeviceEvent, QueueRef, VirtioDevice};
+use crate::device::{DeviceEvent, VirtioDevice};
+use crate::served::{DeviceCounters, Served};
 
 /// Features of the ring, which the transport offers for every device.
 const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -32,8 +33,8 @@ const QEMU_MAX_QUEUE_SIZE: u16 = 1024;
 
 /// A device, as QEMU has set it up.
 pub(super) struct Session {
-    name: String,
-    device: Box<dyn VirtioDevice>,
+    name: &'static str,
+    served: Served,
     epoll: Arc<Epoll>,
     memory: GuestMemoryMmap,
     regions: Vec<Region>,
@@ -50,8 +51,9 @@ struct Region {
     length: u64,
 }
 
+/// What a queue has beside [`Served::queues`].
+#[derive(Default)]
 struct Ring {
-    queue: Queue,
     /// The driver has made buffers available. Set while the ring is started.
     kick: Option<File>,
     /// The driver wants to know of used buffers.
@@ -61,33 +63,29 @@ struct Ring {
 
 impl Session {
     pub(super) fn new(
-        name: &str,
+        name: &'static str,
         device: Box<dyn VirtioDevice>,
         epoll: Arc<Epoll>,
     ) -> io::Result<Self> {
-        let rings = device
+        let queues = device
             .queue_sizes()
             .iter()
-            .map(|size| {
-                let queue = Queue::new(QEMU_MAX_QUEUE_SIZE.max(*size)).map_err(io::Error::other)?;
-                Ok(Ring {
-                    queue,
-                    kick: None,
-                    call: None,
-                    enabled: false,
-                })
-            })
-            .collect::<io::Result<_>>()?;
+            .map(|size| Queue::new(QEMU_MAX_QUEUE_SIZE.max(*size)).map_err(io::Error::other))
+            .collect::<io::Result<Vec<_>>>()?;
         Ok(Self {
-            name: name.to_owned(),
-            device,
+            name,
+            rings: queues.iter().map(|_| Ring::default()).collect(),
+            served: Served::new(name, device, queues),
             epoll,
             memory: GuestMemoryMmap::default(),
             regions: Vec::new(),
-            rings,
             acked_features: 0,
             broken: false,
         })
+    }
+
+    pub(super) fn counters(&self) -> Arc<DeviceCounters> {
+        self.served.counters()
     }
 
     /// The driver kicked a queue.
@@ -105,14 +103,8 @@ impl Session {
         if self.broken {
             return;
         }
-        let mut queues: Vec<_> = self
-            .rings
-            .iter_mut()
-            .map(|ring| QueueRef::new(&mut ring.queue))
-            .collect();
-        let result = self.device.process(&self.memory, &mut queues, event);
-        match result {
-            Ok(used) => self.interrupt(used),
+        match self.served.process(&self.memory, event) {
+            Ok(wanted) => self.interrupt(wanted),
             Err(error) => {
                 warn!(device = self.name, %error, "the device stops");
                 self.stop_serving();
@@ -120,14 +112,9 @@ impl Session {
         }
     }
 
-    fn interrupt(&mut self, used: u32) {
-        for (index, ring) in self.rings.iter_mut().enumerate() {
-            if used & 1 << index == 0 {
-                continue;
-            }
-            // A ring that has gone from guest memory shows as an error when the device uses it next.
-            let wanted = ring.queue.needs_notification(&self.memory).unwrap_or(true);
-            if let (true, Some(mut call)) = (wanted, ring.call.as_ref()) {
+    fn interrupt(&self, wanted: u32) {
+        for (index, ring) in self.rings.iter().enumerate() {
+            if let (true, Some(mut call)) = (wanted & 1 << index != 0, ring.call.as_ref()) {
                 // An eventfd of QEMU's: an error says that QEMU is going away, which the socket tells as well.
                 let _ = call.write(&1_u64.to_ne_bytes());
             }
@@ -141,7 +128,7 @@ impl Session {
             self.rings[index].enabled = false;
             self.update(index, false);
         }
-        if let Some(wake) = self.device.wake_fd() {
+        if let Some(wake) = self.served.device.wake_fd() {
             self.unwatch(wake);
         }
     }
@@ -152,9 +139,9 @@ impl Session {
             self.rings[index].enabled = false;
             self.update(index, was_running);
         }
-        self.device.reset();
+        self.served.device.reset();
         if std::mem::take(&mut self.broken)
-            && let Some(wake) = self.device.wake_fd()
+            && let Some(wake) = self.served.device.wake_fd()
         {
             self.watch(wake, WAKE);
         }
@@ -162,6 +149,11 @@ impl Session {
 
     fn ring(&mut self, index: usize) -> Result<&mut Ring> {
         self.rings.get_mut(index).ok_or(Error::InvalidParam)
+    }
+
+    fn queue(&mut self, index: u32) -> Result<&mut Queue> {
+        let queue = self.served.queues.get_mut(index as usize);
+        queue.ok_or(Error::InvalidParam)
     }
 
     /// A ring is served while QEMU has started it (it has a kick) and enabled it.
@@ -173,7 +165,7 @@ impl Session {
     /// Follows a change of a ring from `was_running`.
     fn update(&mut self, index: usize, was_running: bool) {
         let running = self.running(index) && !self.broken;
-        self.rings[index].queue.set_ready(running);
+        self.served.queues[index].set_ready(running);
         if running == was_running {
             return;
         }
@@ -253,7 +245,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.device.features()
+        Ok(self.served.device.features()
             | RING_FEATURES
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
     }
@@ -264,10 +256,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         }
         self.acked_features = features;
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        for ring in &mut self.rings {
-            ring.queue.set_event_idx(event_idx);
+        for queue in &mut self.served.queues {
+            queue.set_event_idx(event_idx);
         }
-        self.device.activate(features & self.device.features());
+        let device = &mut self.served.device;
+        device.activate(features & device.features());
         // Without protocol features there is no message to enable a ring.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             for index in 0..self.rings.len() {
@@ -301,9 +294,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_num(&mut self, index: u32, size: u32) -> Result<()> {
-        let ring = self.ring(index as usize)?;
         let size = u16::try_from(size).map_err(|_| Error::InvalidParam)?;
-        ring.queue
+        self.queue(index)?
             .try_set_size(size)
             .map_err(|_| Error::InvalidParam)
     }
@@ -320,11 +312,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         let descriptors = self.guest_address(descriptors)?;
         let available = self.guest_address(available)?;
         let used = self.guest_address(used)?;
-        let ring = self
-            .rings
-            .get_mut(index as usize)
-            .ok_or(Error::InvalidParam)?;
-        let queue = &mut ring.queue;
+        let queue = self.served.queues.get_mut(index as usize);
+        let queue = queue.ok_or(Error::InvalidParam)?;
         queue
             .try_set_desc_table_address(descriptors)
             .map_err(|_| Error::InvalidParam)?;
@@ -343,13 +332,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        self.ring(index as usize)?.queue.set_next_avail(base as u16);
+        self.queue(index)?.set_next_avail(base as u16);
         Ok(())
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let at = index as usize;
-        let next = u32::from(self.ring(at)?.queue.next_avail());
+        let next = u32::from(self.queue(index)?.next_avail());
         // Stops the ring.
         self.set_vring_kick(index as u8, None)?;
         self.rings[at].call = None;
@@ -409,12 +398,14 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> Result<Vec<u8>> {
         // The protocol limits the size to 256.
         let mut config = vec![0; size as usize];
-        self.device.read_config(u64::from(offset), &mut config);
+        self.served
+            .device
+            .read_config(u64::from(offset), &mut config);
         Ok(config)
     }
 
     fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        self.device.write_config(u64::from(offset), data);
+        self.served.device.write_config(u64::from(offset), data);
         Ok(())
     }
 

@@ -1,3 +1,5 @@
+#![allow(dead_code, reason = "each test binary uses its part")]
+
 //! A VM with the tests' own init in it.
 
 pub mod tap;
@@ -10,19 +12,35 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use podvisor_vmm::qemu::{self, Accel, QemuConfig, TscMeter};
-use podvisor_vmm::{SegmentMap, VmConfig, Vmm, VsockDevice, VsockHandle};
+use podvisor_vmm::qemu::{Accel, QemuConfig, TscMeter};
+use podvisor_vmm::{Backend, SegmentMap, VmConfig, Vmm, VsockDevice, VsockHandle};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// For anything a guest is waited for; it is slow when the machine is busy.
 pub const PATIENCE: Duration = Duration::from_mins(1);
 
-/// What the tests need that is not in the repository; prints what is missing.
-pub fn prerequisites() -> Option<(PathBuf, PathBuf)> {
+/// Which backend the tests are for: QEMU (TCG), or what `PODVISOR_VMM` says.
+pub fn backend() -> Backend {
+    match std::env::var("PODVISOR_VMM").as_deref() {
+        Ok("kvm") => Backend::Kvm,
+        Ok("qemu") | Err(_) => Backend::Qemu(tcg(Path::new(QEMU))),
+        Ok(other) => panic!("PODVISOR_VMM={other}"),
+    }
+}
+
+pub fn tcg(binary: &Path) -> QemuConfig {
+    QemuConfig {
+        binary: binary.into(),
+        accel: Accel::Tcg,
+    }
+}
+
+/// The guest's kernel, if everything that the tests need is there; prints what is missing.
+pub fn prerequisites() -> Option<PathBuf> {
     let kernel = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest/vmlinux");
     for path in [Path::new(QEMU), &kernel] {
         if !path.exists() {
@@ -30,7 +48,7 @@ pub fn prerequisites() -> Option<(PathBuf, PathBuf)> {
             return None;
         }
     }
-    Some((QEMU.into(), kernel))
+    Some(kernel)
 }
 
 /// A running VM and the connection that its init has dialled.
@@ -51,7 +69,7 @@ impl Guest {
 
     /// Boots a VM that `change` has changed.
     pub async fn boot_with(change: impl FnOnce(&mut VmConfig)) -> Option<Self> {
-        let (binary, kernel) = prerequisites()?;
+        let kernel = prerequisites()?;
         // Shown when a test fails. There may be one already: another test's.
         let _ = tracing_subscriber::fmt()
             .with_env_filter("podvisor_vmm=debug")
@@ -61,15 +79,7 @@ impl Guest {
         change(&mut config);
         let mut control = vsock.listen(1024);
         let disk = config.disk.clone();
-        let vmm = qemu::start(
-            config,
-            QemuConfig {
-                binary,
-                accel: Accel::Tcg,
-            },
-        )
-        .await
-        .unwrap();
+        let vmm = podvisor_vmm::start(config, backend()).await.unwrap();
         let dialled = timeout(PATIENCE, control.accept()).await;
         let Ok(Some(control)) = dialled else {
             panic!(
@@ -141,8 +151,11 @@ pub fn config(kernel: &Path) -> (VmConfig, VsockHandle, std::io::PipeReader) {
         kernel: File::open(kernel).unwrap().into(),
         initramfs: initramfs(),
         cmdline: format!(
-            "console=ttyS0 quiet reboot=t panic=-1 random.trust_cpu=on no_timer_check {}",
-            TscMeter::start().tcg_cmdline()
+            "console=ttyS0 quiet panic=-1 random.trust_cpu=on no_timer_check {}",
+            match backend() {
+                Backend::Kvm => String::new(),
+                Backend::Qemu(_) => TscMeter::start().tcg_cmdline(),
+            }
         ),
         net: None,
         disk: SegmentMap::new(),
@@ -171,10 +184,7 @@ fn initramfs() -> OwnedFd {
     add_entry(&mut archive, "dev", 0o040_755, &[]);
     add_entry(&mut archive, "init", 0o100_755, init);
     add_entry(&mut archive, "TRAILER!!!", 0, &[]);
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(&archive).unwrap();
-    file.rewind().unwrap();
-    file.into()
+    file_of(&archive).into()
 }
 
 /// One entry of a cpio archive (the kernel's Documentation/driver-api/early-userspace/buffer-format.rst).
@@ -203,4 +213,12 @@ fn add_entry(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
     archive.resize(archive.len().next_multiple_of(4), 0);
     archive.extend_from_slice(content);
     archive.resize(archive.len().next_multiple_of(4), 0);
+}
+
+/// A file that holds `content`.
+pub fn file_of(content: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(content).unwrap();
+    file.rewind().unwrap();
+    file
 }

@@ -71,6 +71,8 @@ impl Rig {
                     Ok(ours)
                 })
             }),
+            vcpus: 1,
+            memory_bytes: 512 << 20,
             requested_ns: now_ns(),
         });
         let (dial_host, incoming) = mpsc::channel(4);

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 
-/// Names of guest RAM in `smaps`: a memfd, shared by QEMU and the monitor.
+use podvisor_proto::monitor::AddressRange;
+
+/// Names of QEMU's guest RAM in `smaps`: a memfd, which the monitor maps as well.
 const GUEST_RAM: &str = "/memfd:";
-/// Mappings below this are shared for other reasons than guest RAM (vhost-user's in-flight region).
+/// Such mappings below this are shared for other reasons than guest RAM (vhost-user's in-flight region).
 const GUEST_RAM_MIN_BYTES: u64 = 32 << 20;
 
 /// Memory of one process, bytes.
@@ -18,8 +20,6 @@ pub struct Usage {
     pub private: u64,
     /// Proportional share of guest RAM: what of it is resident, divided by who maps it.
     pub guest_ram_pss: u64,
-    /// Size of guest RAM: the VMM maps it in one piece, our devices perhaps each for itself.
-    pub guest_ram_size: u64,
 }
 
 /// A process, with its memory.
@@ -34,8 +34,8 @@ pub struct Process {
 }
 
 /// The processes of a pod: the monitor and all its descendants. Those that end meanwhile are left
-/// out.
-pub fn of_pod(monitor_pid: u32) -> io::Result<Vec<Process>> {
+/// out. `guest_memory` is where the monitor itself has guest RAM.
+pub fn of_pod(monitor_pid: u32, guest_memory: &[AddressRange]) -> io::Result<Vec<Process>> {
     let children = children_by_parent()?;
     let mut pids = vec![monitor_pid];
     let mut next = 0;
@@ -45,12 +45,19 @@ pub fn of_pod(monitor_pid: u32) -> io::Result<Vec<Process>> {
     }
     Ok(pids
         .into_iter()
-        .filter_map(|pid| process(pid).ok())
+        .filter_map(|pid| {
+            let own = if pid == monitor_pid {
+                guest_memory
+            } else {
+                &[]
+            };
+            process(pid, own).ok()
+        })
         .collect())
 }
 
-/// One process.
-pub fn process(pid: u32) -> io::Result<Process> {
+/// One process, which has guest RAM in `guest_memory`.
+pub fn process(pid: u32, guest_memory: &[AddressRange]) -> io::Result<Process> {
     let binary = fs::read_link(format!("/proc/{pid}/exe"))?;
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     Ok(Process {
@@ -59,7 +66,7 @@ pub fn process(pid: u32) -> io::Result<Process> {
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default(),
-        usage: usage(&smaps),
+        usage: usage(&smaps, guest_memory),
     })
 }
 
@@ -94,7 +101,7 @@ fn parent(stat: &str) -> Option<u32> {
 }
 
 /// Sums the mappings of /proc/PID/smaps, guest RAM apart.
-fn usage(smaps: &str) -> Usage {
+fn usage(smaps: &str, guest_memory: &[AddressRange]) -> Usage {
     let mut total = Usage::default();
     let mut is_guest_ram = false;
     for line in smaps.lines() {
@@ -106,10 +113,10 @@ fn usage(smaps: &str) -> Usage {
             // Address, permissions, offset, device, inode, path.
             let path = line.split_whitespace().nth(5).unwrap_or_default();
             let size = end - start;
-            is_guest_ram = path.starts_with(GUEST_RAM) && size >= GUEST_RAM_MIN_BYTES;
-            if is_guest_ram {
-                total.guest_ram_size = total.guest_ram_size.max(size);
-            }
+            is_guest_ram = path.starts_with(GUEST_RAM) && size >= GUEST_RAM_MIN_BYTES
+                || guest_memory
+                    .iter()
+                    .any(|range| start >= range.start && end <= range.start + range.length);
             continue;
         }
         let bytes = value.parse::<u64>().unwrap_or(0) * 1024;
@@ -154,17 +161,26 @@ Pss:                   0 kB
 7f0020000000-7f0020001000 rw-s 00000000 00:01 100                        /memfd:vhost-inflight (deleted)
 Pss:                   4 kB
 Private_Dirty:         4 kB
+7fe000000000-7fe000001000 rw-p 00000000 fe:00 77                         /usr/lib/podvisor/vmlinux
+Pss:                   3 kB
+7fe000001000-7fe002000000 rw-p 00000000 00:00 0
+Pss:                 100 kB
+Private_Dirty:       100 kB
 7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0                          [stack]
 Pss:                   8 kB
 Private_Dirty:         8 kB
 ";
+        // In QEMU's process; and in a monitor's own, kernel's file and all.
+        let own = AddressRange {
+            start: 0x7fe0_0000_0000,
+            length: 0x200_0000,
+        };
         assert_eq!(
-            usage(smaps),
+            usage(smaps, &[own]),
             Usage {
                 pss: 22 << 10,
                 private: 18 << 10,
-                guest_ram_pss: 30_000 << 10,
-                guest_ram_size: 256 << 20,
+                guest_ram_pss: 30_103 << 10,
             }
         );
     }
@@ -188,7 +204,7 @@ Private_Dirty:         8 kB
             .arg("60")
             .spawn()
             .unwrap();
-        let processes = of_pod(std::process::id()).unwrap();
+        let processes = of_pod(std::process::id(), &[]).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(processes.iter().any(|process| process.pid == child.id()));
