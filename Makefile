@@ -19,6 +19,9 @@ test: build          ## unit, property and end-to-end tests (as root)
 lint:                ## formatting, clippy, dependencies, shell scripts
 	scripts/lint
 
+fuzz:                ## hostile drivers against each virtio device, MINUTES (10) each, with a nightly compiler
+	scripts/fuzz $(or $(MINUTES),10)
+
 bench: build         ## costs of a pod by phase, as JSON and a table
 	scripts/bench
 
@@ -30,4 +33,4 @@ install: build       ## binaries, guest image and, if there is none, a configura
 deps:                ## Debian packages needed to build, run and test (as root)
 	scripts/install-deps
 
-.PHONY: help build image run test lint bench install deps
+.PHONY: help build image run test lint fuzz bench install deps
