@@ -11,7 +11,8 @@ use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
-use crate::{PATIENCE, eventually};
+use crate::eventually;
+use crate::machine::patience;
 
 /// As kubelets and crictl have it.
 const MAX_MESSAGE: usize = 16 << 20;
@@ -35,7 +36,7 @@ impl Cri {
             .expect("threads can be started");
         let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))
             .expect("a path is an endpoint")
-            .timeout(PATIENCE);
+            .timeout(patience());
         let channel = runtime
             .block_on(endpoint.connect())
             .unwrap_or_else(|error| panic!("{}: {error:?}", socket.display()));

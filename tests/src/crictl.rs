@@ -8,7 +8,8 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
-use crate::{PATIENCE, output_of, rig};
+use crate::machine::patience;
+use crate::{output_of, rig};
 
 /// The binary, built when it is not there.
 pub fn binary() -> &'static PathBuf {
@@ -59,7 +60,7 @@ impl Daemon {
         let mut command = Command::new("timeout");
         command
             .arg("--kill-after=5")
-            .arg((PATIENCE.as_secs() + 10).to_string())
+            .arg((patience().as_secs() + 10).to_string())
             .arg(binary())
             .arg("--config")
             .arg(self.crictl_config())

@@ -15,7 +15,8 @@ use nix::unistd::Pid;
 
 use crate::cri::Cri;
 use crate::host::Instance;
-use crate::{PATIENCE, built, eventually, finished, output_of, rig};
+use crate::machine::{Backend, patience, slowness};
+use crate::{built, eventually, finished, output_of, rig};
 
 /// Daemons that run at the same time, each with its VMs. More do not get a machine done sooner.
 fn slots() -> usize {
@@ -160,7 +161,8 @@ impl Daemon {
             ),
             ("vm", path("guest_dir", &options.guest_dir)),
             // Machines that run tests may be slow, and busy with other things.
-            ("vm", "boot_timeout_s = 90".into()),
+            ("vm", format!("boot_timeout_s = {}", 90 * slowness())),
+            ("", format!("vmm = {:?}", Backend::here().name())),
             ("network", path("conf_dir", &dir.join("net.d"))),
             ("image", path("certs_dir", &self.certs_dir())),
             (
@@ -174,7 +176,7 @@ impl Daemon {
             self.crictl_config(),
             format!(
                 "runtime-endpoint: unix://{socket}\nimage-endpoint: unix://{socket}\ntimeout: {}\n",
-                PATIENCE.as_secs(),
+                patience().as_secs(),
                 socket = self.socket().display()
             ),
         )
@@ -269,7 +271,7 @@ impl Daemon {
 
     /// Tries to connect now and whenever the daemon has said something more.
     fn wait_until_it_serves(&self) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         let mut state = lock(&self.log.state);
         loop {
             let seen = state.lines;

@@ -2,6 +2,7 @@
 //!
 //! | module            | what it holds                                                              |
 //! |-------------------|----------------------------------------------------------------------------|
+//! | [`machine`]       | the VMM that the tests are for, and how long they wait                     |
 //! | [`daemon`]        | [`daemon::Daemon`]: one podvisord with its own directories and network     |
 //! | [`host`]          | what an instance has on the host, seen without asking podvisor             |
 //! | [`crictl`]        | the real crictl, and the pod and container configurations it is given      |
@@ -17,7 +18,8 @@
 //! is found when its daemon is dropped, by the test that left it.
 //!
 //! The tests run what `make build` left in target/release and target/guest, or what the directories
-//! `PODVISOR_BIN_DIR` and `PODVISOR_GUEST_DIR` hold, as root.
+//! `PODVISOR_BIN_DIR` and `PODVISOR_GUEST_DIR` hold, as root. `PODVISOR_VMM` says on which VMM, and
+//! `PODVISOR_SLOWNESS` how many times longer than usual they have to wait.
 
 #![allow(clippy::format_push_string)] // Tests: what reads best.
 
@@ -29,6 +31,7 @@ pub mod guest;
 pub mod host;
 pub mod http;
 pub mod logs;
+pub mod machine;
 pub mod oci;
 pub mod registry;
 
@@ -38,8 +41,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long anything may take that a test waits for. Long: machines without KVM, under load.
-pub const PATIENCE: Duration = Duration::from_mins(2);
+use machine::patience;
 
 /// The repository.
 pub fn repository() -> PathBuf {
@@ -90,7 +92,7 @@ pub fn finished(command: &mut Command) -> Output {
     };
     let stdout = read(Box::new(child.stdout.take().expect("piped")));
     let stderr = read(Box::new(child.stderr.take().expect("piped")));
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let status = loop {
         if let Some(status) = child.try_wait().expect("our own child") {
             break status;
@@ -108,9 +110,10 @@ pub fn finished(command: &mut Command) -> Output {
     }
 }
 
-/// Asks `probe` until it has an answer. For state that has no event a client could wait for.
+/// Asks `probe` until it has an answer. For state that has no event a client could wait for. Looking
+/// takes no more than half of the time: a slow machine has better things to do.
 pub fn eventually<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
-    eventually_within(PATIENCE, what, probe)
+    eventually_within(patience(), what, probe)
 }
 
 /// [`eventually`], with its own limit.
@@ -121,10 +124,11 @@ pub fn eventually_within<T>(
 ) -> T {
     let deadline = Instant::now() + limit;
     loop {
+        let begun = Instant::now();
         if let Some(answer) = probe() {
             return answer;
         }
         assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(begun.elapsed().max(Duration::from_millis(20)));
     }
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use podvisor_tests::crictl::shell;
 use podvisor_tests::daemon::{Daemon, Options};
 use podvisor_tests::guest::{Flaw, SILENT, flawed};
+use podvisor_tests::machine::slowness;
 use podvisor_tests::output_of;
 use podvisor_tests::registry::busybox;
 use serde_json::{Value, json};
@@ -50,9 +51,11 @@ fn a_kernel_that_panics() {
 
 #[test]
 fn a_guest_that_never_calls() {
-    let message = does_not_boot(Flaw::SilentInit, 7, "DeadlineExceeded");
+    let seconds = u64::from(7 * slowness());
+    let message = does_not_boot(Flaw::SilentInit, seconds, "DeadlineExceeded");
     assert!(message.contains(SILENT), "the console's end: {message}");
-    assert!(message.contains("7s"), "how long it waited: {message}");
+    let waited = format!("{seconds}s");
+    assert!(message.contains(&waited), "how long it waited: {message}");
 }
 
 /// The condition `NetworkReady` of `crictl info`.

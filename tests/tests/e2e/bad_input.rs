@@ -6,6 +6,7 @@ use std::time::Duration;
 use podvisor_proto::cri::{self, ContainerState};
 use podvisor_tests::crictl::{Pod, container, shell};
 use podvisor_tests::daemon::Daemon;
+use podvisor_tests::machine::Backend;
 use podvisor_tests::registry::busybox;
 use podvisor_tests::{eventually, finished};
 use serde_json::json;
@@ -397,7 +398,7 @@ fn a_client_that_goes_away_while_a_pod_starts() {
             .instance
             .processes()
             .iter()
-            .any(|(_, command)| command.contains("qemu-system"))
+            .any(|(_, command)| command.contains(Backend::here().vm_process()))
     };
     let moments: [(&str, &dyn Fn() -> bool); 3] = [
         ("a folder", &begun),

@@ -1,0 +1,11 @@
+//! The end-to-end tests. One program, so that all of them share one registry and the machine's CPUs.
+
+mod bad_host;
+mod bad_images;
+mod bad_input;
+mod cli;
+mod containers;
+mod images;
+mod network;
+mod pods;
+mod restart;
