@@ -22,8 +22,9 @@ lint:                ## formatting, clippy, dependencies, shell scripts
 fuzz:                ## hostile drivers against each virtio device, MINUTES (10) each, with a nightly compiler
 	scripts/fuzz $(or $(MINUTES),10)
 
-bench: build         ## costs of a pod by phase, as JSON and a table
+bench: build         ## costs of a pod by phase, as JSON and a table: on QEMU, then on KVM in the nested host
 	scripts/bench
+	scripts/bench-kvm
 
 install: build       ## binaries, guest image and, if there is none, a configuration, below DESTDIR
 	install -D -t $(DESTDIR)/usr/bin target/release/podvisord target/release/podvisor-monitor target/release/podvisor

@@ -182,6 +182,7 @@ fn initramfs() -> OwnedFd {
     });
     let mut archive = Vec::new();
     add_entry(&mut archive, "dev", 0o040_755, &[]);
+    add_entry(&mut archive, "sys", 0o040_755, &[]);
     add_entry(&mut archive, "init", 0o100_755, init);
     add_entry(&mut archive, "TRAILER!!!", 0, &[]);
     file_of(&archive).into()
