@@ -70,6 +70,7 @@ impl Guest {
     /// Boots a VM that `change` has changed.
     pub async fn boot_with(change: impl FnOnce(&mut VmConfig)) -> Option<Self> {
         let kernel = prerequisites()?;
+        podvisor_vmm::seccomp::report_violations();
         // Shown when a test fails. There may be one already: another test's.
         let _ = tracing_subscriber::fmt()
             .with_env_filter("podvisor_vmm=debug")
