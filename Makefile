@@ -26,6 +26,9 @@ bench: build         ## costs of a pod by phase, as JSON and a table: on QEMU, t
 	scripts/bench
 	scripts/bench-kvm
 
+instructions:        ## what each virtio device takes for a request, counted by valgrind
+	scripts/instructions
+
 install: build       ## binaries, guest image and, if there is none, a configuration, below DESTDIR
 	install -D -t $(DESTDIR)/usr/bin target/release/podvisord target/release/podvisor-monitor target/release/podvisor
 	install -D -m 644 -t $(DESTDIR)/usr/lib/podvisor target/guest/vmlinux target/guest/initramfs.cpio
@@ -34,4 +37,4 @@ install: build       ## binaries, guest image and, if there is none, a configura
 deps:                ## Debian packages needed to build, run and test (as root)
 	scripts/install-deps
 
-.PHONY: help build image run test lint fuzz bench install deps
+.PHONY: help build image run test lint fuzz bench instructions install deps
