@@ -150,8 +150,10 @@ async fn serve(options: Options, init_started: u64) -> Result<(), InitError> {
     }
 }
 
-/// What the first container needs and no call before it. Returns only when it fails.
+/// What the first container needs and no call before it: begins when the sandbox is configured, so that it
+/// does not take the CPU from the calls that a pod's start waits for. Returns only when it fails.
 async fn prepare_for_containers(pod: Pod) -> InitError {
+    pod.configured().await;
     let control_groups = tokio::task::spawn_blocking(cgroup::set_up).await;
     let prepared = control_groups
         .map_err(io::Error::from)

@@ -147,6 +147,8 @@ struct Shared {
     /// Whether the pid namespace that containers share is there.
     pid_namespace: tokio::sync::Mutex<bool>,
     launcher: Launcher,
+    /// Whether the sandbox is configured.
+    configured: watch::Sender<bool>,
     /// Whether containers can be started.
     prepared: watch::Sender<bool>,
     reaper: Reaper,
@@ -236,6 +238,7 @@ impl Pod {
             })),
             pid_namespace: tokio::sync::Mutex::default(),
             launcher: Launcher::default(),
+            configured: watch::Sender::new(false),
             prepared: watch::Sender::new(false),
             reaper,
             streams,
@@ -266,7 +269,14 @@ impl Pod {
             let Assembly { disk, sandbox } = &mut *assembly;
             sandbox.configure(request, disk)
         });
-        Ok(configured.await??)
+        configured.await??;
+        self.0.configured.send_replace(true);
+        Ok(())
+    }
+
+    /// Ends when the sandbox is configured.
+    pub async fn configured(&self) {
+        wait_for(&self.0.configured).await;
     }
 
     fn find(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
@@ -310,6 +320,12 @@ impl Execs {
                 .find_map(|(ended, exec)| (ended == id).then_some(exec))
         })
     }
+}
+
+/// Ends when the value is true.
+async fn wait_for(flag: &watch::Sender<bool>) {
+    // An error says that the sender is gone, which the reference excludes.
+    let _ = flag.subscribe().wait_for(|set| *set).await;
 }
 
 /// A mutex whose holder panicked: the agent is gone then.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use podvisor_proto::agent::{StartContainerRequest, Stdio};
 use tokio::sync::oneshot;
 
-use super::{Container, ContainerError, Pod, Started, State, kernel, open_pidfd};
+use super::{Container, ContainerError, Pod, Started, State, kernel, open_pidfd, wait_for};
 use crate::cgroup::Cgroup;
 use crate::fd::null;
 use crate::kmsg;
@@ -41,8 +41,7 @@ impl Pod {
         let wiring = claimed
             .connect(container.user.uid, container.user.gid)
             .map_err(kernel("making the standard streams"))?;
-        // The sender is ours, so this ends only with what it waits for.
-        let _ = self.0.prepared.subscribe().wait_for(|ready| *ready).await;
+        wait_for(&self.0.prepared).await;
         if container.pod_pids {
             self.ensure_pid_namespace().await?;
         }
