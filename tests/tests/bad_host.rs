@@ -1,7 +1,7 @@
 //! Bad input from the host: guest images that do not boot, no pod network, a full disk.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use podvisor_tests::crictl::shell;
 use podvisor_tests::daemon::{Daemon, Options};
@@ -96,26 +96,42 @@ fn no_cni_configuration() {
     daemon.run_pod(&daemon.pod("pod"));
 }
 
+/// A plugin that says no to whoever wants to be added.
+const REFUSES: &str = r#"#!/bin/sh
+[ "$CNI_COMMAND" = ADD ] || exit 0
+echo '{"cniVersion": "1.0.0", "code": 11, "msg": "no room for one more"}'
+exit 1
+"#;
+
 #[test]
 fn a_cni_plugin_that_fails() {
-    let daemon = Daemon::start();
-    let file = fs::read_dir(daemon.instance.dir().join("net.d"));
-    let file = file
+    let plugins = std::env::temp_dir().join(format!("podvisor-test-cni-{}", std::process::id()));
+    fs::create_dir_all(&plugins).expect("ours");
+    fs::write(plugins.join("refuses"), REFUSES).expect("ours");
+    let executable = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(plugins.join("refuses"), executable).expect("ours");
+    let plugin_dirs = format!(
+        "plugin_dirs = [\"{}\", \"/usr/lib/cni\"]",
+        plugins.display()
+    );
+    let daemon = Daemon::start_with(&Options {
+        config: vec![("network", plugin_dirs)],
+        ..Options::default()
+    });
+    let file = fs::read_dir(daemon.instance.dir().join("net.d"))
         .expect("written")
-        .next()
-        .expect("one")
-        .expect("readable")
-        .path();
+        .next();
+    let file = file.expect("one").expect("readable").path();
     let good = fs::read_to_string(&file).expect("readable");
     // The last plugin of the chain: those before it have done their work already.
     for (bad, word) in [
         (
-            good.replace("\"bandwidth\"", "\"no-such-plugin\""),
+            good.replace("\"bandwidth\",", "\"no-such-plugin\","),
             "no-such-plugin",
         ),
         (
-            good.replace("\"portmap\", \"snat\": true", "\"portmap\", \"snat\": 5"),
-            "portmap",
+            good.replace("\"bandwidth\",", "\"refuses\","),
+            "no room for one more",
         ),
         ("not json".into(), "net.d"),
     ] {
@@ -128,6 +144,7 @@ fn a_cni_plugin_that_fails() {
     }
     fs::write(&file, good).expect("ours");
     daemon.run_pod(&daemon.pod("pod"));
+    fs::remove_dir_all(plugins).expect("ours");
 }
 
 #[test]

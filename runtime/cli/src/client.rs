@@ -1,7 +1,10 @@
 //! gRPC over unix sockets, and errors that say what to do.
 
 use std::error::Error as _;
+use std::fs::OpenOptions;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,6 +20,9 @@ use tonic::{Code, Request, Status};
 
 /// Largest message, both ways: the kubelet's and crictl's own limit.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
+
+/// `sizeof(sun_path)`, with its terminating zero.
+const MAX_SOCKET_PATH: usize = 108;
 
 /// What an ordinary call may take: the kubelet's `--runtime-request-timeout`.
 pub const CALL: Duration = Duration::from_mins(2);
@@ -159,17 +165,41 @@ pub fn failed(call: &'static str) -> impl FnOnce(Status) -> ClientError {
     }
 }
 
+/// The process that listens on a socket.
+pub async fn listener_pid(socket: &Path) -> io::Result<u32> {
+    let pid = stream(socket).await?.peer_cred()?.pid();
+    pid.and_then(|pid| pid.try_into().ok())
+        .ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
 async fn connect(socket: &Path) -> io::Result<Channel> {
     let path = socket.to_owned();
     let connector = tower::service_fn(move |_| {
         let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        async move { stream(&path).await.map(TokioIo::new) }
     });
     // The address is never looked up: the connector knows where to go.
     Endpoint::from_static("http://podvisor")
         .connect_with_connector(connector)
         .await
         .map_err(root_cause)
+}
+
+/// A connection to a socket at a path of any length. unix(7) has room for 108 bytes, which a run
+/// directory with a sandbox's id soon exceeds: those are reached through their opened directory.
+async fn stream(path: &Path) -> io::Result<UnixStream> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidFilename.into());
+    };
+    if path.as_os_str().len() < MAX_SOCKET_PATH {
+        return UnixStream::connect(path).await;
+    }
+    let directory = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(parent)?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
+    UnixStream::connect(short).await
 }
 
 /// The kernel's error in tonic's wrapping, for its kind.
@@ -225,6 +255,23 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = monitor(dir.path(), "ab").await.unwrap_err();
         assert!(matches!(error, ClientError::NoMonitor(_)), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn sockets_with_long_paths_are_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("d".repeat(100));
+        std::fs::create_dir(&deep).unwrap();
+        let error = Daemon::connect(&deep.join("podvisor.sock"))
+            .await
+            .unwrap_err();
+        assert!(matches!(error, ClientError::NotRunning(_)), "{error:?}");
+
+        let short = dir.path().join("short");
+        std::os::unix::fs::symlink(&deep, &short).unwrap();
+        let listener = std::os::unix::net::UnixListener::bind(short.join("s")).unwrap();
+        stream(&deep.join("s")).await.unwrap();
+        listener.accept().unwrap();
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::ids;
 use crate::monitor::Monitor;
 use crate::pod::{Container, Pod};
+use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
 
@@ -25,9 +26,8 @@ const CALL: Duration = Duration::from_mins(1);
 /// On top of what a caller allows for itself.
 const MARGIN: Duration = Duration::from_secs(30);
 
-/// "cap … to 16MB": what ExecSync keeps of each stream, less a little so that both fit in a message
-/// of 16 MiB only when they are small, as in containerd.
-const EXEC_OUTPUT: u64 = 16 << 20;
+/// What ExecSync keeps of both streams together: what fits in a message, with room for its frame.
+const EXEC_OUTPUT: usize = MAX_MESSAGE - 4096;
 
 impl Daemon {
     /// Creates a container in a ready sandbox and runs nothing yet.
@@ -70,7 +70,7 @@ impl Daemon {
             image_id: image.id.clone(),
             created_ns: now_ns() as i64,
             log_path: log_path(&sandbox_config, &config),
-            stop_signal: spec::stop_signal(&config, &image.config),
+            stop_signal: spec::signal::stop(&config, &image.config),
             config: Some(config.clone()),
         };
 
@@ -269,14 +269,21 @@ impl Daemon {
             container_id: container.record.id.clone(),
             args: request.cmd,
             timeout_ms: timeout.as_millis() as u64,
-            output_limit: EXEC_OUTPUT,
+            output_limit: EXEC_OUTPUT as u64,
         };
         let mut client = monitor.client();
         let exec = client.exec_sync(call);
-        if timeout.is_zero() {
-            return Ok(exec.await?.into_inner());
-        }
-        within(timeout + MARGIN, "ExecSync", exec).await
+        let mut done = if timeout.is_zero() {
+            exec.await?.into_inner()
+        } else {
+            within(timeout + MARGIN, "ExecSync", exec).await?
+        };
+        // Each stream may have filled the message by itself: then each gets its half.
+        let excess = (done.stdout.len() + done.stderr.len()).saturating_sub(EXEC_OUTPUT);
+        let errors = done.stderr.len().saturating_sub(excess);
+        done.stderr.truncate(errors.max(EXEC_OUTPUT / 2));
+        done.stdout.truncate(EXEC_OUTPUT - done.stderr.len());
+        Ok(done)
     }
 
     /// Goes on logging in a new file under the container's log path.

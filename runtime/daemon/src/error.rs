@@ -129,6 +129,7 @@ impl Error {
             Self::Pull(error) => pull_code(error),
             Self::Network(error) => network_code(error),
             Self::Io { source, .. } if is_full(source) => Code::ResourceExhausted,
+            Self::Store(error) if error.io().is_some_and(is_full) => Code::ResourceExhausted,
             Self::Images(_)
             | Self::Store(_)
             | Self::Netns(_)
@@ -146,6 +147,7 @@ fn pull_code(error: &PullError) -> Code {
         PullError::InvalidReference(_) => Code::InvalidArgument,
         PullError::NotFound(_) => Code::NotFound,
         PullError::Unauthorized(_) => Code::Unauthenticated,
+        PullError::Forbidden(_) => Code::PermissionDenied,
         PullError::Unavailable(_) => Code::Unavailable,
         PullError::Corrupt(_) => Code::DataLoss,
         PullError::Unsupported(_) => Code::Unimplemented,
@@ -160,6 +162,7 @@ fn network_code(error: &CniError) -> Code {
         CniError::NoNetwork { .. } | CniError::PluginMissing { .. } => Code::FailedPrecondition,
         CniError::InvalidAttachment(_) => Code::InvalidArgument,
         CniError::Timeout { .. } => Code::DeadlineExceeded,
+        CniError::Cache { source, .. } if is_full(source) => Code::ResourceExhausted,
         _ => Code::Internal,
     }
 }

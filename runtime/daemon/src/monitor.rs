@@ -1,21 +1,23 @@
 //! podvisord's end of a pod's monitor: starting one, finding one again after a restart, calling it,
 //! and learning at once that it died.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use podvisor_monitor::fd_socket::Token;
+use podvisor_monitor::launcher;
 use podvisor_proto::monitor::monitor_client::MonitorClient;
-use podvisor_proto::monitor::{Launch, Snapshot};
+use podvisor_proto::monitor::{Launch, Snapshot, WatchRequest};
 use prost::Message;
 use tokio::io::AsyncWriteExt;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
+use tokio_stream::StreamExt;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::cgroup::PodCgroup;
@@ -24,6 +26,9 @@ use crate::pidfd::{PidFd, start_time};
 
 /// Largest answer of a monitor: ExecSync's two outputs of 16 MiB, and a frame around them.
 const MAX_MESSAGE: usize = 33 << 20;
+
+/// How long a monitor that lives may take to tell its state.
+const FIRST_STATE: Duration = Duration::from_secs(2);
 
 /// A snapshot on disk is never larger; what is, was not written by a monitor.
 const MAX_STATE_FILE: u64 = 4 << 20;
@@ -114,38 +119,8 @@ impl Monitor {
         launch.vsock_fd = vsock.as_raw_fd();
         launch.fd_socket_fd = fd_socket.as_raw_fd();
         launch.dir_fd = dir_file.as_raw_fd();
-        let inherited: Vec<RawFd> = vec![
-            fds.kernel.as_raw_fd(),
-            fds.initramfs.as_raw_fd(),
-            fds.tap.as_raw_fd(),
-            fds.scratch.as_raw_fd(),
-            grpc.as_raw_fd(),
-            vsock.as_raw_fd(),
-            fd_socket.as_raw_fd(),
-            dir_file.as_raw_fd(),
-        ];
-
-        let mut command = tokio::process::Command::new(binary);
-        command
-            .arg(dir)
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(log);
-        // SAFETY: between fork and exec only setsid and fcntl are called, both async-signal-safe,
-        // on descriptors that the parent keeps open until spawn has returned.
-        unsafe {
-            command.pre_exec(move || {
-                nix::unistd::setsid()?;
-                for fd in &inherited {
-                    if libc::fcntl(*fd, libc::F_SETFD, 0) == -1 {
-                        return Err(std::io::Error::last_os_error());
-                    }
-                }
-                Ok(())
-            });
-        }
+        let mut command =
+            tokio::process::Command::from(launcher::command(binary, dir, &launch, log.into()));
         let mut child = command
             .spawn()
             .map_err(Error::io(format!("cannot start {}", binary.display())))?;
@@ -204,6 +179,15 @@ impl Monitor {
     /// A client of the monitor's API; all clients share one connection.
     pub fn client(&self) -> MonitorClient<Channel> {
         MonitorClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// The state it tells now. `None` from one that does not answer in time: it is *unknown*.
+    pub async fn first_state(&self) -> Option<Snapshot> {
+        let ask = async {
+            let stream = self.client().watch(WatchRequest {}).await.ok()?;
+            stream.into_inner().next().await?.ok()
+        };
+        tokio::time::timeout(FIRST_STATE, ask).await.ok()?
     }
 
     /// Process id.

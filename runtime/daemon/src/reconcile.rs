@@ -4,8 +4,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use podvisor_proto::monitor::{Snapshot, WatchRequest};
-use tokio_stream::StreamExt;
 use tracing::{info, warn};
 
 use crate::daemon::{Daemon, now_ns};
@@ -15,10 +13,6 @@ use crate::inventory::{self, Kind};
 use crate::monitor::{Monitor, read_state_file};
 use crate::pod::{Container, Pod};
 use crate::store::{ContainerRecord, Phase, SandboxRecord};
-
-/// How long the first state of a living monitor may take. One that is slower is *unknown*: its pod
-/// is listed with the last state it wrote, and it is followed all the same.
-const FIRST_STATE: Duration = Duration::from_secs(2);
 
 /// Between two searches for orphans.
 const SWEEP: Duration = Duration::from_mins(5);
@@ -72,7 +66,7 @@ impl Daemon {
             None => Monitor::adopt(&dir, record.monitor_pid, record.monitor_start)?,
         };
         let snapshot = match (&monitor, &record.last) {
-            (Some(monitor), _) => first_state(monitor).await.unwrap_or_else(|| {
+            (Some(monitor), _) => monitor.first_state().await.unwrap_or_else(|| {
                 warn!(
                     sandbox = id,
                     "monitor lives but does not answer: state unknown"
@@ -151,12 +145,4 @@ impl Daemon {
             }
         }
     }
-}
-
-async fn first_state(monitor: &Monitor) -> Option<Snapshot> {
-    let ask = async {
-        let stream = monitor.client().watch(WatchRequest {}).await.ok()?;
-        stream.into_inner().next().await?.ok()
-    };
-    tokio::time::timeout(FIRST_STATE, ask).await.ok()?
 }

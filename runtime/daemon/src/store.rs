@@ -7,6 +7,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+use nix::fcntl::FallocateFlags;
 use podvisor_proto::{cri, monitor};
 use prost::Message;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -34,6 +36,19 @@ pub enum StoreError {
     /// The thread that wrote it died.
     #[error("a database write was lost: {0}")]
     Join(tokio::task::JoinError),
+}
+
+impl StoreError {
+    /// The I/O error behind it, if one is.
+    pub fn io(&self) -> Option<&std::io::Error> {
+        match self {
+            Self::Database(error) => match &**error {
+                redb::Error::Io(error) => Some(error),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
 }
 
 impl<E: Into<redb::Error>> From<E> for StoreError {
@@ -133,6 +148,7 @@ impl Store {
             }
             other => other.into(),
         })?;
+        reserve_disk(path)?;
         let write = database.begin_write()?;
         write.open_table(SANDBOXES)?;
         write.open_table(CONTAINERS)?;
@@ -218,6 +234,18 @@ impl Store {
         })
         .await
         .map_err(StoreError::Join)?
+    }
+}
+
+/// Takes disk space for the database before it is needed, beyond the end of its file. redb refuses all
+/// work after one failed write, and on a full disk pods must still be stopped and forgotten.
+fn reserve_disk(path: &Path) -> Result<(), StoreError> {
+    const RESERVE: i64 = 8 << 20;
+    let file = std::fs::File::options().write(true).open(path)?;
+    match nix::fcntl::fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, RESERVE) {
+        // A file system that cannot is no reason not to work on it.
+        Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
+        Err(error) => Err(std::io::Error::from(error).into()),
     }
 }
 

@@ -66,7 +66,12 @@ pub(crate) async fn layer(
             Err(error) if !is_ours => {
                 debug!(%diff_id, %error, "another pull failed to get the layer");
             }
-            result => return result,
+            Err(error) => return Err(error),
+            Ok(lease) => {
+                // The last piece and the end may have come as one change.
+                tell(blob.size);
+                return Ok(lease);
+            }
         }
     }
 }
@@ -164,8 +169,8 @@ async fn make(
     let mut first_host = 0;
     loop {
         let (sender, reader) = blob::channel(blob.digest.clone(), blob.size);
-        let (inner, wanted) = (Arc::clone(store), diff_id.clone());
-        let unpacking = blocking(move || unpack(&inner, reader, &wanted));
+        let (inner, digest, wanted) = (Arc::clone(store), blob.digest.clone(), diff_id.clone());
+        let unpacking = blocking(move || unpack(&inner, reader, &digest, &wanted));
         let download = async {
             let result = registry.download(blob, first_host, &sender, received).await;
             match &result {
@@ -192,10 +197,14 @@ async fn make(
 fn unpack(
     store: &Arc<Inner>,
     reader: blob::BlobReader,
+    digest: &Digest,
     diff_id: &Digest,
 ) -> Result<LayerLease, PullError> {
-    let file = store.temp_file().map_err(LayerError::Write)?;
-    let layer = layer::convert(reader, diff_id, file, &store.limits)?;
+    let layer = store
+        .temp_file()
+        .map_err(LayerError::Write)
+        .and_then(|file| layer::convert(reader, diff_id, file, &store.limits))
+        .map_err(|error| PullError::layer(digest, error))?;
     store
         .add_layer(diff_id, layer)
         .map_err(|error: StoreError| error.into())

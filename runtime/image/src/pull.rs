@@ -67,9 +67,12 @@ pub enum PullError {
     /// NOT_FOUND: no host has the image, or it has none for this platform.
     #[error("{0}")]
     NotFound(String),
-    /// UNAUTHENTICATED or PERMISSION_DENIED: a host wants other credentials.
+    /// UNAUTHENTICATED: a host wants other credentials.
     #[error("{0}")]
     Unauthorized(String),
+    /// PERMISSION_DENIED: these credentials are known and not enough.
+    #[error("{0}")]
+    Forbidden(String),
     /// UNAVAILABLE: unreachable, too slow, or answers with errors of its own.
     #[error("{0}")]
     Unavailable(String),
@@ -99,6 +102,7 @@ impl From<RegistryError> for PullError {
         match error.kind() {
             FailureKind::NotFound => Self::NotFound(words),
             FailureKind::Unauthorized => Self::Unauthorized(words),
+            FailureKind::Forbidden => Self::Forbidden(words),
             FailureKind::Unavailable => Self::Unavailable(words),
             FailureKind::Corrupt => Self::Corrupt(words),
             FailureKind::TooLarge => Self::TooLarge(words),
@@ -118,11 +122,12 @@ impl From<ManifestError> for PullError {
     }
 }
 
-impl From<LayerError> for PullError {
-    fn from(error: LayerError) -> Self {
+impl PullError {
+    /// What is wrong with the layer whose blob is `digest`.
+    pub(crate) fn layer(digest: &Digest, error: LayerError) -> Self {
         use crate::erofs::TreeError;
         use crate::tar::TarError;
-        let words = error.to_string();
+        let words = format!("layer {}: {error}", digest.as_str());
         match error {
             LayerError::Write(error) => Self::storage(&error, words),
             LayerError::TooLarge(_)

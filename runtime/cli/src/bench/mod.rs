@@ -74,8 +74,10 @@ pub async fn bench(context: &Context, args: BenchArgs) -> anyhow::Result<()> {
         measured = Box::pin(measure(context, &args, &daemon, &label)) => measured,
         _ = interrupts.next() => Err(anyhow::anyhow!("interrupted")),
     };
-    if measured.is_err() {
-        pod::remove_all(&daemon, &label).await?;
+    if measured.is_err()
+        && let Err(error) = pod::remove_all(&daemon, &label).await
+    {
+        eprintln!("podvisor: the pods are still there: {error}");
     }
     let samples = measured?;
 

@@ -1,16 +1,14 @@
 //! Pods one after the other, and many at a time.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use podvisor_proto::cri;
 
 use super::memory;
 use super::stats::{Samples, Unit};
-use crate::client::Daemon;
+use crate::client::{self, Daemon};
 use crate::pod::{self, Pod};
 use crate::timeline;
 
@@ -114,7 +112,7 @@ impl Bench {
         for running in &pods {
             memory.append(memory_of_pod(running).await?);
         }
-        memory.append(memory_of_podvisord(&self.socket)?);
+        memory.append(memory_of_podvisord(&self.socket).await?);
 
         let begin = Instant::now();
         let removed: Vec<Samples> = stream::iter(pods)
@@ -226,10 +224,8 @@ async fn memory_of_pod(running: &Running) -> anyhow::Result<Samples> {
 }
 
 /// The daemon's own memory, which does not grow with each pod as the monitors' does.
-fn memory_of_podvisord(socket: &Path) -> anyhow::Result<Samples> {
-    let connection = UnixStream::connect(socket)?;
-    let pid = getsockopt(&connection, PeerCredentials)?.pid();
-    let usage = memory::process(pid as u32)?.usage;
+async fn memory_of_podvisord(socket: &Path) -> anyhow::Result<Samples> {
+    let usage = memory::process(client::listener_pid(socket).await?)?.usage;
     let mut samples = Samples::default();
     for (name, bytes) in [("PSS", usage.pss), ("private", usage.private)] {
         let name = format!("{MEMORY}/podvisord, the one: {name}");

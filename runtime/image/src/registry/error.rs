@@ -13,6 +13,7 @@ const SHOWN: usize = 300;
 pub(crate) enum FailureKind {
     NotFound,
     Unauthorized,
+    Forbidden,
     /// Unreachable, silent, or failing itself.
     Unavailable,
     /// Not what its digest or the protocol says.
@@ -109,7 +110,8 @@ pub(super) fn words(status: StatusCode, body: &[u8]) -> String {
 
 pub(super) fn kind_of(status: StatusCode) -> FailureKind {
     match status {
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => FailureKind::Unauthorized,
+        StatusCode::UNAUTHORIZED => FailureKind::Unauthorized,
+        StatusCode::FORBIDDEN => FailureKind::Forbidden,
         StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS => FailureKind::Unavailable,
         status if status.is_server_error() => FailureKind::Unavailable,
         status if status.is_client_error() => FailureKind::NotFound,

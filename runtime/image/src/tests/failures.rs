@@ -442,6 +442,8 @@ async fn a_pull_goes_on_when_another_of_the_same_is_cancelled() {
 fn a_full_disk_is_told_as_such() {
     for kind in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded] {
         let error = crate::layer::LayerError::Write(kind.into());
-        assert!(matches!(PullError::from(error), PullError::NoSpace(_)));
+        let digest = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
+        let error = PullError::layer(&digest, error);
+        assert!(matches!(error, PullError::NoSpace(_)), "{error}");
     }
 }

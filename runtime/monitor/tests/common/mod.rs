@@ -1,6 +1,7 @@
 //! What podvisord does for one pod, without podvisord: sockets, disks, a monitor, its client.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use podvisor_proto::monitor::{
     ConfigureRequest, Container, ContainerState, CreateContainerRequest, ExecSyncRequest,
     ExecSyncResponse, Launch, Layer, Snapshot, StartContainerRequest, VmSpec, WatchRequest,
 };
+use prost::Message;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -86,7 +88,6 @@ impl Pod {
             fd_socket_fd: fd_socket.as_raw_fd(),
             vsock_fd: vsock.as_raw_fd(),
             dir_fd: folder.as_raw_fd(),
-            dir: dir.path().to_str().unwrap().to_owned(),
             scratch_fd: scratch.as_raw_fd(),
             scratch_bytes: scratch.metadata().unwrap().len(),
             boot_timeout_ms: boot_timeout.as_millis() as u64,
@@ -95,7 +96,12 @@ impl Pod {
         };
         let log = File::create(path("monitor.log")).unwrap();
         let binary = Path::new(env!("CARGO_BIN_EXE_podvisor-monitor"));
-        let monitor = launcher::spawn(binary, &launch, Stdio::from(log), &[]).unwrap();
+        let mut monitor = launcher::command(binary, dir.path(), &launch, Stdio::from(log))
+            .spawn()
+            .unwrap();
+        let mut stdin = monitor.stdin.take().unwrap();
+        stdin.write_all(&launch.encode_to_vec()).unwrap();
+        drop(stdin);
         let channel = Endpoint::from_shared(format!("unix://{}", path("monitor.sock").display()))
             .unwrap()
             .connect_lazy();

@@ -1,13 +1,13 @@
 //! RunPodSandbox, StopPodSandbox, RemovePodSandbox: the life of a pod's VM and of everything the
 //! host keeps for it.
 
+mod request;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use podvisor_network::{
-    Attachment, Bandwidth, INTERFACE, PodIdentity, PortMapping, Protocol, TAP, netns, tap,
-};
+use podvisor_network::{Attachment, Bandwidth, INTERFACE, PodIdentity, TAP, netns, tap};
 use podvisor_proto::{cri, monitor};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, warn};
@@ -20,6 +20,7 @@ use crate::monitor::{LaunchFds, Monitor};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
 use crate::{guest_config, inventory, vm_size};
+use request::{port_mappings, validate};
 
 /// How long a monitor may take to end its VM after all containers are dead.
 const SHUTDOWN: Duration = Duration::from_secs(20);
@@ -129,7 +130,6 @@ impl Daemon {
                 accel: self.accel.into(),
                 ..Default::default()
             }),
-            dir: self.sandbox_dir(&id).display().to_string(),
             scratch_bytes: self.config.vm.scratch_mib << 20,
             boot_timeout_ms: self.config.boot_timeout().as_millis() as u64,
             requested_ns: record.created_ns as u64,
@@ -162,6 +162,8 @@ impl Daemon {
         let network = match attached {
             Ok(network) => network,
             Err(error) => {
+                // A VM that failed at once took its tap along: then that is the reason.
+                let error = vm_failure(&monitor).await.unwrap_or(error);
                 monitor.kill();
                 return Err(error);
             }
@@ -318,7 +320,10 @@ impl Daemon {
             }
             let last = crate::monitor::read_state_file(&self.sandbox_dir(&pod.id));
             let record = pod.monitor_gone(last, "the sandbox was stopped", now_ns());
-            self.store.put_sandbox(record).await?;
+            // Goes on without: on a full disk there is room for a record only after the release.
+            if let Err(error) = self.store.put_sandbox(record).await {
+                warn!(sandbox = pod.id, %error, "cannot record the end of the VM yet");
+            }
         }
         self.release(&pod.record()).await?;
         self.store.put_sandbox(pod.stopped()).await?;
@@ -387,6 +392,17 @@ impl Daemon {
     }
 }
 
+/// Why the VM is gone, if it is.
+async fn vm_failure(monitor: &Monitor) -> Option<Error> {
+    let snapshot = monitor.first_state().await?;
+    (snapshot.state() == monitor::SandboxState::Stopped).then(|| {
+        Error::Precondition(format!(
+            "the VM did not boot ({}): {}",
+            snapshot.reason, snapshot.message
+        ))
+    })
+}
+
 /// Address the guest's interface has until CNI's is set: locally administered, never on a wire.
 const START_MAC: &str = "02:00:00:00:00:01";
 
@@ -400,93 +416,6 @@ fn gone(result: std::io::Result<()>) -> std::io::Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
-}
-
-fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>> {
-    let invalid = |problem: String| Error::Invalid {
-        field: "config.port_mappings",
-        problem,
-    };
-    let port =
-        |number: i32| u16::try_from(number).map_err(|_| invalid(format!("{number} is not a port")));
-    config
-        .port_mappings
-        .iter()
-        .map(|mapping| {
-            Ok(PortMapping {
-                host_port: port(mapping.host_port)?,
-                container_port: port(mapping.container_port)?,
-                protocol: match mapping.protocol() {
-                    cri::Protocol::Tcp => Protocol::Tcp,
-                    cri::Protocol::Udp => Protocol::Udp,
-                    cri::Protocol::Sctp => Protocol::Sctp,
-                },
-                host_ip: match mapping.host_ip.as_str() {
-                    "" => None,
-                    ip => Some(
-                        ip.parse()
-                            .map_err(|_| invalid(format!("{ip:?} is no address")))?,
-                    ),
-                },
-            })
-        })
-        .collect()
-}
-
-fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result<()> {
-    let invalid = |field, problem: &str| {
-        Err(Error::Invalid {
-            field,
-            problem: problem.into(),
-        })
-    };
-    let Some(metadata) = &config.metadata else {
-        return invalid("config.metadata", "missing");
-    };
-    for (field, value) in [
-        ("config.metadata.name", &metadata.name),
-        ("config.metadata.namespace", &metadata.namespace),
-        ("config.metadata.uid", &metadata.uid),
-    ] {
-        if value.is_empty() {
-            return invalid(field, "must not be empty");
-        }
-    }
-    if !matches!(runtime_handler, "" | "podvisor") {
-        return Err(Error::Invalid {
-            field: "runtime_handler",
-            problem: format!("no handler {runtime_handler:?} here; there is \"podvisor\""),
-        });
-    }
-    port_mappings(config)?;
-    if config.hostname.len() > 64 {
-        return invalid("config.hostname", "longer than 64 bytes");
-    }
-    let options = config
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.security_context.as_ref())
-        .and_then(|context| context.namespace_options.clone())
-        .unwrap_or_default();
-    for (field, mode, what) in [
-        ("network", options.network(), "the host's network"),
-        ("pid", options.pid(), "the host's processes"),
-        ("ipc", options.ipc(), "the host's IPC objects"),
-    ] {
-        if mode == cri::NamespaceMode::Node {
-            return Err(Error::Precondition(format!(
-                "config.linux.security_context.namespace_options.{field}: a pod in a VM cannot have {what}"
-            )));
-        }
-    }
-    let users = options.userns_options.unwrap_or_default();
-    if !users.uids.is_empty() || !users.gids.is_empty() {
-        return Err(Error::Unsupported {
-            field: "config.linux.security_context.namespace_options.userns_options",
-            what: "a user namespace".into(),
-        });
-    }
-    Ok(())
 }
 
 /// Measures phases of RunPodSandbox.
@@ -512,78 +441,5 @@ impl Timeline {
             end_ns: now_ns().saturating_sub(self.zero_ns),
         });
         result
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn valid() -> cri::PodSandboxConfig {
-        cri::PodSandboxConfig {
-            metadata: Some(cri::PodSandboxMetadata {
-                name: "p".into(),
-                uid: "u".into(),
-                namespace: "n".into(),
-                attempt: 0,
-            }),
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn the_field_that_is_wrong_is_named() {
-        validate(&valid(), "").unwrap();
-        validate(&valid(), "podvisor").unwrap();
-        let error = validate(&valid(), "gvisor").unwrap_err().to_string();
-        assert!(error.contains("runtime_handler"), "{error}");
-        let error = validate(&cri::PodSandboxConfig::default(), "").unwrap_err();
-        assert!(error.to_string().contains("config.metadata"), "{error}");
-        let mut config = valid();
-        config.metadata.as_mut().unwrap().uid.clear();
-        let error = validate(&config, "").unwrap_err().to_string();
-        assert!(error.contains("config.metadata.uid"), "{error}");
-    }
-
-    #[test]
-    fn host_namespaces_are_refused_with_the_reason() {
-        let mut config = valid();
-        config.linux = Some(cri::LinuxPodSandboxConfig {
-            security_context: Some(cri::LinuxSandboxSecurityContext {
-                namespace_options: Some(cri::NamespaceOption {
-                    network: cri::NamespaceMode::Node as i32,
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        });
-        let error = validate(&config, "").unwrap_err();
-        assert!(matches!(error, Error::Precondition(_)), "{error}");
-    }
-
-    #[test]
-    fn ports_are_checked() {
-        let mut config = valid();
-        let mapping = |host_port, container_port, host_ip: &str| cri::PortMapping {
-            container_port,
-            host_port,
-            protocol: cri::Protocol::Udp as i32,
-            host_ip: host_ip.into(),
-        };
-        config.port_mappings = vec![mapping(8080, 80, "127.0.0.1"), mapping(0, 81, "")];
-        let mappings = port_mappings(&config).unwrap();
-        assert_eq!(
-            (mappings[0].host_port, mappings[0].protocol),
-            (8080, Protocol::Udp)
-        );
-        for bad in [
-            mapping(-1, 80, ""),
-            mapping(1, 65536, ""),
-            mapping(1, 1, "host"),
-        ] {
-            config.port_mappings = vec![bad];
-            assert!(matches!(validate(&config, ""), Err(Error::Invalid { .. })));
-        }
     }
 }

@@ -3,11 +3,14 @@
 //! The agent adds what only the guest knows: the root file system, the user's numbers, the cgroup,
 //! and the paths of the namespaces that the pod's containers share (agent.proto, CreateContainer).
 
+mod capabilities;
+pub mod signal;
+
 use std::collections::HashSet;
 
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::{
-    Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxNamespace, LinuxNamespaceBuilder,
+    LinuxBuilder, LinuxCapabilitiesBuilder, LinuxNamespace, LinuxNamespaceBuilder,
     LinuxNamespaceType, LinuxResources, Mount, MountBuilder, ProcessBuilder, RootBuilder, Spec,
     SpecBuilder, UserBuilder,
 };
@@ -19,69 +22,6 @@ use crate::error::{Error, Result};
 const POD: &str = "pod";
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// What every container may do unless the pod says otherwise: the set that Docker and containerd give.
-const DEFAULT_CAPABILITIES: [Capability; 14] = [
-    Capability::Chown,
-    Capability::DacOverride,
-    Capability::Fsetid,
-    Capability::Fowner,
-    Capability::Mknod,
-    Capability::NetRaw,
-    Capability::Setgid,
-    Capability::Setuid,
-    Capability::Setfcap,
-    Capability::Setpcap,
-    Capability::NetBindService,
-    Capability::SysChroot,
-    Capability::Kill,
-    Capability::AuditWrite,
-];
-
-/// All that Linux 6.12 knows.
-const ALL_CAPABILITIES: [Capability; 41] = [
-    Capability::AuditControl,
-    Capability::AuditRead,
-    Capability::AuditWrite,
-    Capability::BlockSuspend,
-    Capability::Bpf,
-    Capability::CheckpointRestore,
-    Capability::Chown,
-    Capability::DacOverride,
-    Capability::DacReadSearch,
-    Capability::Fowner,
-    Capability::Fsetid,
-    Capability::IpcLock,
-    Capability::IpcOwner,
-    Capability::Kill,
-    Capability::Lease,
-    Capability::LinuxImmutable,
-    Capability::MacAdmin,
-    Capability::MacOverride,
-    Capability::Mknod,
-    Capability::NetAdmin,
-    Capability::NetBindService,
-    Capability::NetBroadcast,
-    Capability::NetRaw,
-    Capability::Perfmon,
-    Capability::Setfcap,
-    Capability::Setgid,
-    Capability::Setpcap,
-    Capability::Setuid,
-    Capability::SysAdmin,
-    Capability::SysBoot,
-    Capability::SysChroot,
-    Capability::SysModule,
-    Capability::SysNice,
-    Capability::SysPacct,
-    Capability::SysPtrace,
-    Capability::SysRawio,
-    Capability::SysResource,
-    Capability::SysTime,
-    Capability::SysTtyConfig,
-    Capability::Syslog,
-    Capability::WakeAlarm,
-];
 
 /// A container's spec, and who it runs as.
 #[derive(Debug)]
@@ -115,7 +55,7 @@ pub fn build(
         });
     }
     let image = image.config().clone().unwrap_or_default();
-    let capabilities = capabilities(&security)?;
+    let capabilities = capabilities::of(&security)?;
     let cwd = [
         config.working_dir.as_str(),
         image.working_dir().as_deref().unwrap_or(""),
@@ -192,48 +132,6 @@ pub fn build(
         spec,
         user: user(&security, image.user().as_deref().unwrap_or(""))?,
     })
-}
-
-/// Signal number that stops the container: the pod's, the image's, SIGTERM.
-pub fn stop_signal(config: &cri::ContainerConfig, image: &ImageConfiguration) -> u32 {
-    const SIGTERM: u32 = 15;
-    let of_image = image
-        .config()
-        .as_ref()
-        .and_then(|config| config.stop_signal().clone());
-    let name = match config.stop_signal() {
-        cri::Signal::RuntimeDefault => of_image.unwrap_or_default(),
-        named => named.as_str_name().trim_start_matches("SIGNAL_").to_owned(),
-    };
-    signal_number(&name).unwrap_or(SIGTERM)
-}
-
-/// "SIGUSR1", "USR1", "10" or "SIGRTMIN+3".
-fn signal_number(name: &str) -> Option<u32> {
-    if let Ok(number) = name.parse() {
-        return (1..=64).contains(&number).then_some(number);
-    }
-    let name = name.trim_start_matches("SIG");
-    let offset = |text: &str| text.trim_start_matches(['+', '-']).parse::<u32>().ok();
-    // The kernel's numbers as the C library exports them: it keeps the first two for itself.
-    if let Some(rest) = name.strip_prefix("RTMIN") {
-        let rest = rest.strip_prefix("PLUS").unwrap_or(rest);
-        return Some(34 + if rest.is_empty() { 0 } else { offset(rest)? });
-    }
-    if let Some(rest) = name.strip_prefix("RTMAX") {
-        let rest = rest.strip_prefix("MINUS").unwrap_or(rest);
-        return 64u32.checked_sub(if rest.is_empty() { 0 } else { offset(rest)? });
-    }
-    let name = match name {
-        "IOT" => "ABRT",
-        "CLD" => "CHLD",
-        "POLL" => "IO",
-        other => other,
-    };
-    format!("SIG{name}")
-        .parse::<nix::sys::signal::Signal>()
-        .ok()
-        .map(|signal| signal as u32)
 }
 
 fn refuse_unsupported(config: &cri::ContainerConfig) -> Result<()> {
@@ -422,42 +320,6 @@ fn user(security: &cri::LinuxContainerSecurityContext, image: &str) -> Result<ag
     })
 }
 
-fn capabilities(security: &cri::LinuxContainerSecurityContext) -> Result<HashSet<Capability>> {
-    if security.privileged {
-        return Ok(ALL_CAPABILITIES.into_iter().collect());
-    }
-    let mut set: HashSet<Capability> = DEFAULT_CAPABILITIES.into_iter().collect();
-    let Some(change) = &security.capabilities else {
-        return Ok(set);
-    };
-    let is_all = |name: &String| name.eq_ignore_ascii_case("ALL");
-    // "ALL" first, so that single ones can be taken out of or put into it (containerd does so).
-    if change.add_capabilities.iter().any(is_all) {
-        set.extend(ALL_CAPABILITIES);
-    }
-    if change.drop_capabilities.iter().any(is_all) {
-        set.clear();
-    }
-    for name in change.add_capabilities.iter().filter(|name| !is_all(name)) {
-        set.insert(capability(name)?);
-    }
-    for name in change.drop_capabilities.iter().filter(|name| !is_all(name)) {
-        set.remove(&capability(name)?);
-    }
-    Ok(set)
-}
-
-fn capability(name: &str) -> Result<Capability> {
-    let upper = name.to_ascii_uppercase();
-    upper
-        .trim_start_matches("CAP_")
-        .parse()
-        .map_err(|_| Error::Invalid {
-            field: "config.linux.security_context.capabilities",
-            problem: format!("no capability is named {name:?}"),
-        })
-}
-
 fn namespaces(security: &cri::LinuxContainerSecurityContext) -> Result<Vec<LinuxNamespace>> {
     let options = security.namespace_options.clone().unwrap_or_default();
     let namespace = |kind: LinuxNamespaceType, shared: bool| {
@@ -593,7 +455,7 @@ mod tests {
     use super::*;
     use oci_spec::image::{ConfigBuilder, ImageConfigurationBuilder, RootFsBuilder};
 
-    fn image() -> ImageConfiguration {
+    pub(super) fn image() -> ImageConfiguration {
         ImageConfigurationBuilder::default()
             .architecture("amd64")
             .os("linux")
@@ -688,28 +550,6 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_add_and_drop() {
-        let set = |add: &[&str], drop: &[&str]| {
-            capabilities(&cri::LinuxContainerSecurityContext {
-                capabilities: Some(cri::Capability {
-                    add_capabilities: add.iter().map(|&c| c.to_owned()).collect(),
-                    drop_capabilities: drop.iter().map(|&c| c.to_owned()).collect(),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            })
-        };
-        assert_eq!(set(&[], &[]).unwrap().len(), 14);
-        assert_eq!(set(&["ALL"], &[]).unwrap().len(), 41);
-        assert_eq!(set(&[], &["all"]).unwrap().len(), 0);
-        let one = set(&["NET_ADMIN"], &["ALL"]).unwrap();
-        assert_eq!(one, HashSet::from([Capability::NetAdmin]));
-        assert_eq!(set(&["CAP_NET_ADMIN"], &["ALL"]).unwrap(), one);
-        assert_eq!(set(&["ALL"], &["SYS_ADMIN"]).unwrap().len(), 40);
-        assert!(set(&["NO_SUCH"], &[]).is_err());
-    }
-
-    #[test]
     fn a_privileged_container_needs_a_privileged_sandbox() {
         let context = cri::LinuxContainerSecurityContext {
             privileged: true,
@@ -717,36 +557,6 @@ mod tests {
         };
         let error = build(&security(context), &sandbox(), &image()).unwrap_err();
         assert!(error.to_string().contains("privileged"), "{error}");
-    }
-
-    #[test]
-    fn signals_have_many_names() {
-        for (name, number) in [
-            ("SIGTERM", 15),
-            ("QUIT", 3),
-            ("9", 9),
-            ("SIGRTMIN+3", 37),
-            ("SIGRTMINPLUS3", 37),
-            ("SIGRTMAXMINUS1", 63),
-            ("SIGCLD", 17),
-        ] {
-            assert_eq!(signal_number(name), Some(number), "{name}");
-        }
-        assert_eq!(signal_number("SIGNONE"), None);
-        assert_eq!(signal_number("0"), None);
-        let mut config = cri::ContainerConfig::default();
-        assert_eq!(stop_signal(&config, &image()), 10);
-        config.set_stop_signal(cri::Signal::Sigquit);
-        assert_eq!(stop_signal(&config, &image()), 3);
-    }
-
-    #[test]
-    fn every_cri_signal_has_a_number() {
-        for value in 1..=65 {
-            let signal = cri::Signal::try_from(value).unwrap();
-            let name = signal.as_str_name().trim_start_matches("SIGNAL_");
-            assert!(signal_number(name).is_some(), "{name}");
-        }
     }
 
     #[test]

@@ -1,0 +1,174 @@
+//! What a RunPodSandbox request may ask for.
+
+use podvisor_network::{PortMapping, Protocol};
+use podvisor_proto::cri;
+
+use crate::error::{Error, Result};
+
+/// The pod's ports.
+///
+/// # Errors
+/// A port or an address that is none.
+pub fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>> {
+    let invalid = |problem: String| Error::Invalid {
+        field: "config.port_mappings",
+        problem,
+    };
+    let port =
+        |number: i32| u16::try_from(number).map_err(|_| invalid(format!("{number} is not a port")));
+    config
+        .port_mappings
+        .iter()
+        .map(|mapping| {
+            Ok(PortMapping {
+                host_port: port(mapping.host_port)?,
+                container_port: port(mapping.container_port)?,
+                protocol: match mapping.protocol() {
+                    cri::Protocol::Tcp => Protocol::Tcp,
+                    cri::Protocol::Udp => Protocol::Udp,
+                    cri::Protocol::Sctp => Protocol::Sctp,
+                },
+                host_ip: match mapping.host_ip.as_str() {
+                    "" => None,
+                    ip => Some(
+                        ip.parse()
+                            .map_err(|_| invalid(format!("{ip:?} is no address")))?,
+                    ),
+                },
+            })
+        })
+        .collect()
+}
+
+/// Refuses what contradicts the CRI and what a VM cannot give, with the field's path.
+///
+/// # Errors
+/// INVALID_ARGUMENT, FAILED_PRECONDITION, UNIMPLEMENTED.
+pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result<()> {
+    let invalid = |field, problem: &str| {
+        Err(Error::Invalid {
+            field,
+            problem: problem.into(),
+        })
+    };
+    let Some(metadata) = &config.metadata else {
+        return invalid("config.metadata", "missing");
+    };
+    for (field, value) in [
+        ("config.metadata.name", &metadata.name),
+        ("config.metadata.namespace", &metadata.namespace),
+        ("config.metadata.uid", &metadata.uid),
+    ] {
+        if value.is_empty() {
+            return invalid(field, "must not be empty");
+        }
+    }
+    if !matches!(runtime_handler, "" | "podvisor") {
+        return Err(Error::Invalid {
+            field: "runtime_handler",
+            problem: format!("no handler {runtime_handler:?} here; there is \"podvisor\""),
+        });
+    }
+    port_mappings(config)?;
+    if config.hostname.len() > 64 {
+        return invalid("config.hostname", "longer than 64 bytes");
+    }
+    let options = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref())
+        .and_then(|context| context.namespace_options.clone())
+        .unwrap_or_default();
+    for (field, mode, what) in [
+        ("network", options.network(), "the host's network"),
+        ("pid", options.pid(), "the host's processes"),
+        ("ipc", options.ipc(), "the host's IPC objects"),
+    ] {
+        if mode == cri::NamespaceMode::Node {
+            return Err(Error::Precondition(format!(
+                "config.linux.security_context.namespace_options.{field}: a pod in a VM cannot have {what}"
+            )));
+        }
+    }
+    let users = options.userns_options.unwrap_or_default();
+    if !users.uids.is_empty() || !users.gids.is_empty() {
+        return Err(Error::Unsupported {
+            field: "config.linux.security_context.namespace_options.userns_options",
+            what: "a user namespace".into(),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> cri::PodSandboxConfig {
+        cri::PodSandboxConfig {
+            metadata: Some(cri::PodSandboxMetadata {
+                name: "p".into(),
+                uid: "u".into(),
+                namespace: "n".into(),
+                attempt: 0,
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_field_that_is_wrong_is_named() {
+        validate(&valid(), "").unwrap();
+        validate(&valid(), "podvisor").unwrap();
+        let error = validate(&valid(), "gvisor").unwrap_err().to_string();
+        assert!(error.contains("runtime_handler"), "{error}");
+        let error = validate(&cri::PodSandboxConfig::default(), "").unwrap_err();
+        assert!(error.to_string().contains("config.metadata"), "{error}");
+        let mut config = valid();
+        config.metadata.as_mut().unwrap().uid.clear();
+        let error = validate(&config, "").unwrap_err().to_string();
+        assert!(error.contains("config.metadata.uid"), "{error}");
+    }
+
+    #[test]
+    fn host_namespaces_are_refused_with_the_reason() {
+        let mut config = valid();
+        config.linux = Some(cri::LinuxPodSandboxConfig {
+            security_context: Some(cri::LinuxSandboxSecurityContext {
+                namespace_options: Some(cri::NamespaceOption {
+                    network: cri::NamespaceMode::Node as i32,
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        let error = validate(&config, "").unwrap_err();
+        assert!(matches!(error, Error::Precondition(_)), "{error}");
+    }
+
+    #[test]
+    fn ports_are_checked() {
+        let mut config = valid();
+        let mapping = |host_port, container_port, host_ip: &str| cri::PortMapping {
+            container_port,
+            host_port,
+            protocol: cri::Protocol::Udp as i32,
+            host_ip: host_ip.into(),
+        };
+        config.port_mappings = vec![mapping(8080, 80, "127.0.0.1"), mapping(0, 81, "")];
+        let mappings = port_mappings(&config).unwrap();
+        assert_eq!(
+            (mappings[0].host_port, mappings[0].protocol),
+            (8080, Protocol::Udp)
+        );
+        for bad in [
+            mapping(-1, 80, ""),
+            mapping(1, 65536, ""),
+            mapping(1, 1, "host"),
+        ] {
+            config.port_mappings = vec![bad];
+            assert!(matches!(validate(&config, ""), Err(Error::Invalid { .. })));
+        }
+    }
+}
