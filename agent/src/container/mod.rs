@@ -25,7 +25,7 @@ use std::{fmt, io};
 use nix::sys::signal::Signal;
 use oci_spec::runtime::Process;
 use podvisor_proto::agent::{ConfigureSandboxRequest, ResolvedUser, Stdio};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinError;
 
 use crate::cgroup::Cgroup;
@@ -106,9 +106,9 @@ pub enum ContainerError {
         /// The kernel's reason.
         source: io::Error,
     },
-    /// A task of the agent's own was cancelled: the runtime ends.
+    /// Work of the agent's own was cancelled.
     #[error("the agent is shutting down")]
-    Task(#[from] JoinError),
+    ShuttingDown,
 }
 
 /// Wraps a failure with what was tried.
@@ -116,6 +116,12 @@ fn kernel<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Contain
     move |error| ContainerError::Kernel {
         action,
         source: error.into(),
+    }
+}
+
+impl From<JoinError> for ContainerError {
+    fn from(_: JoinError) -> Self {
+        Self::ShuttingDown
     }
 }
 
@@ -265,11 +271,20 @@ impl Pod {
         request: ConfigureSandboxRequest,
     ) -> Result<(), ContainerError> {
         let mut assembly = Arc::clone(&self.0.assembly).lock_owned().await;
-        let configured = tokio::task::spawn_blocking(move || {
+        let (sender, configured) = oneshot::channel();
+        let work = move || {
             let Assembly { disk, sandbox } = &mut *assembly;
-            sandbox.configure(request, disk)
-        });
-        configured.await??;
+            // The receiver is there as long as the call, which runs to its end.
+            let _ = sender.send(sandbox.configure(request, disk));
+        };
+        // A thread of its own: its namespaces become the pod's.
+        std::thread::Builder::new()
+            .name("sandbox".to_owned())
+            .spawn(work)
+            .map_err(kernel("starting a thread"))?;
+        configured
+            .await
+            .map_err(|_| ContainerError::ShuttingDown)??;
         self.0.configured.send_replace(true);
         Ok(())
     }
