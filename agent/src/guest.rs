@@ -15,6 +15,7 @@ use nix::unistd::{chdir, chroot, dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::cgroup;
 use crate::init::{InitError, step};
+use crate::kmsg;
 use crate::sandbox;
 
 /// /dev, and standard streams, which PID 1 does not have when the guest has no console.
@@ -92,19 +93,20 @@ pub fn prepare_for_containers() -> Result<(), InitError> {
     set_loopback_up().map_err(step("taking the loopback interface up"))
 }
 
-/// Parameters of a kernel that has nothing else to do than this pod.
-pub fn tune_kernel() -> Result<(), InitError> {
+/// Parameters of a kernel that has nothing else to do than this pod. Without them a pod works, too.
+pub fn tune_kernel() {
     for (name, value) in [
         // Few free pages on the CPUs' own lists. By default these may hold an eighth of the memory
         // (admin-guide/sysctl/vm.rst), which counts as used and which the host never gets back by
         // free page reporting.
-        ("vm/percpu_pagelist_high_fraction", "1000"),
+        ("vm/percpu_pagelist_high_fraction", "1000\n"),
         // Our log lines all count; by default ten in five seconds do (admin-guide/sysctl/kernel.rst).
-        ("kernel/printk_devkmsg", "on"),
+        ("kernel/printk_devkmsg", "on\n"),
     ] {
-        fs::write(Path::new("/proc/sys").join(name), value).map_err(step(name))?;
+        if let Err(error) = fs::write(Path::new("/proc/sys").join(name), value) {
+            kmsg::error!("cannot set {name}: {error}");
+        }
     }
-    Ok(())
 }
 
 fn mount_at(kind: &str, target: &str, flags: MsFlags, options: &str) -> Result<(), InitError> {

@@ -149,7 +149,10 @@ async fn prepare_for_containers(pod: Pod, tune: bool) -> InitError {
     pod.configured().await;
     let prepared = tokio::task::spawn_blocking(move || {
         guest::prepare_for_containers()?;
-        if tune { guest::tune_kernel() } else { Ok(()) }
+        if tune {
+            guest::tune_kernel();
+        }
+        Ok(())
     });
     match prepared.await {
         Ok(Ok(())) => match pod.start_launcher() {
