@@ -1,7 +1,6 @@
 //! Which devices a container may open or make nodes of: the spec's `linux.resources.devices` as a program
 //! on its control group (BPF_PROG_TYPE_CGROUP_DEVICE, linux/bpf.h). Without it a container's root could
-//! make a node of the pod's disk and read what other containers have there. libcontainer's own needs a C
-//! library.
+//! make a node of the pod's disk and read what other containers have there.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};

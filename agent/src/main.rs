@@ -21,11 +21,13 @@
 //! | [`sysctl`]        | kernel parameters                                                        |
 //! | [`network`]       | interfaces, addresses, routes                                            |
 //! | [`disk`]          | segments of the pod's disk as partitions, layers mounted once            |
+//! | [`mount`]         | mounts by file descriptors, mount options                                |
 //! | [`rootfs`]        | a container's root: layers under an overlay                              |
 //! | [`in_root`]       | files of a container's root, opened without following it outside         |
 //! | [`user`]          | who a process runs as, by the image's own files                          |
 //! | [`spec`]          | fills in what the OCI spec leaves to the guest                           |
 //! | [`cgroup`]        | control groups of containers and execs                                   |
+//! | [`resources`]     | limits of a container                                                    |
 //! | [`device_filter`] | which devices a container may use                                        |
 //! | [`watch`]         | news from control groups: out of memory, empty                           |
 //! | [`container`]     | the table of containers and their life                                   |
@@ -46,9 +48,11 @@ mod in_root;
 mod init;
 mod kmsg;
 mod launcher;
+mod mount;
 mod network;
 mod reaper;
 mod relay;
+mod resources;
 mod rootfs;
 mod sandbox;
 mod server;

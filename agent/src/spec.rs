@@ -1,5 +1,5 @@
 //! Completes the OCI runtime spec that came from the host: root, user, namespaces, control group, and
-//! the pod's own files. The result is what libcontainer runs.
+//! the pod's own files. The result is what the launcher runs.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,6 @@ use oci_spec::runtime::{
 };
 use podvisor_proto::agent::ResolvedUser;
 
-use crate::cgroup;
 use crate::device_filter::{DeviceFilter, DeviceFilterError};
 use crate::sandbox::files;
 use crate::user::Account;
@@ -116,7 +115,6 @@ impl ContainerSpec {
     /// Fills in what is the guest's to say.
     pub fn complete(
         mut self,
-        id: &str,
         rootfs: &Path,
         account: &Account,
         hostname: &str,
@@ -152,7 +150,6 @@ impl ContainerSpec {
             .linux()
             .clone()
             .ok_or(SpecError::Missing("linux"))?;
-        linux.set_cgroups_path(Some(PathBuf::from(cgroup::CONTAINERS).join(id)));
         let mut namespaces = linux.namespaces().clone().unwrap_or_default();
         for namespace in &mut namespaces {
             if self.shared.contains(&namespace.typ()) {
@@ -179,7 +176,7 @@ impl ContainerSpec {
 
 /// A spec that can run, and the parts of it that an exec takes over.
 pub struct CompleteSpec {
-    /// For libcontainer.
+    /// For the launcher.
     pub spec: Spec,
     /// Template of each exec's process.
     pub process: Process,
@@ -212,17 +209,10 @@ fn complete_process(process: &mut Process, account: &Account) -> Result<(), Spec
     if !has(&environment, "PATH") {
         environment.push(format!("PATH={DEFAULT_PATH}"));
     }
-    // Also so that libcontainer does not look it up itself: getpwuid(3) in the container's root would
-    // load the image's NSS modules into a privileged process.
     if !has(&environment, "HOME") {
         environment.push(format!("HOME={}", account.home));
     }
     process.set_env(Some(environment));
-    // libcontainer takes "false" for "set", and would then load the seccomp filter too late, without
-    // the privilege to do so.
-    if process.no_new_privileges() == Some(false) {
-        process.set_no_new_privileges(None);
-    }
     Ok(())
 }
 
@@ -276,7 +266,7 @@ mod tests {
         json!({
             "ociVersion": "1.2.0",
             "process": { "args": ["sh"], "env": ["A=b"], "cwd": "/work",
-                "user": { "uid": 0, "gid": 0 }, "noNewPrivileges": false },
+                "user": { "uid": 0, "gid": 0 } },
             "root": { "path": "", "readonly": true },
             "mounts": [
                 { "destination": "/dev/shm", "type": "tmpfs", "source": "shm" },
@@ -309,7 +299,7 @@ mod tests {
         let container = parse(&sample()).unwrap();
         assert_eq!(container.cwd(), Path::new("/work"));
         let complete = container
-            .complete("c1", Path::new("/r"), &account(), "pod-1")
+            .complete(Path::new("/r"), &account(), "pod-1")
             .unwrap();
         let spec = complete.spec;
         let root = spec.root().as_ref().unwrap();
@@ -318,15 +308,10 @@ mod tests {
         assert_eq!(spec.hostname().as_deref(), Some("pod-1"));
         let process = spec.process().as_ref().unwrap();
         assert_eq!((process.user().uid(), process.user().gid()), (33, 34));
-        assert_eq!(process.no_new_privileges(), None);
         let environment = process.env().as_ref().unwrap();
         assert!(environment.contains(&"HOME=/var/www".to_owned()));
         assert!(environment.contains(&format!("PATH={DEFAULT_PATH}")));
         let linux = spec.linux().as_ref().unwrap();
-        assert_eq!(
-            linux.cgroups_path().as_deref(),
-            Some(Path::new("/containers/c1"))
-        );
         let path = |kind| {
             let namespaces = linux.namespaces().as_ref().unwrap();
             namespaces
@@ -344,7 +329,7 @@ mod tests {
     fn the_pods_files_are_bound_unless_the_spec_brings_its_own() {
         let complete = parse(&sample())
             .unwrap()
-            .complete("c1", Path::new("/r"), &account(), "pod-1")
+            .complete(Path::new("/r"), &account(), "pod-1")
             .unwrap();
         let mounts = complete.spec.mounts().clone().unwrap();
         let sources = |destination: &str| {

@@ -9,12 +9,11 @@ use oci_spec::runtime::LinuxNamespaceType;
 use podvisor_proto::agent::{CreateContainerRequest, ResolvedUser, Segment, User};
 
 use super::{
-    Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, State, bundle, check_id,
-    fingerprint, kernel, lock,
+    Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, SPEC, State, bundle,
+    check_id, fingerprint, kernel, lock,
 };
 use crate::disk::Range;
 use crate::in_root::Root;
-use crate::launcher::LIBCONTAINER_STATE;
 use crate::rootfs::Rootfs;
 use crate::sandbox::files;
 use crate::spec::ContainerSpec;
@@ -152,13 +151,13 @@ fn write_bundle(
     fingerprint: u64,
     rootfs: &Rootfs,
 ) -> Result<Container, ContainerError> {
-    let root = Root::open(rootfs.path()).map_err(kernel("opening the root file system"))?;
+    let root = Root::new(rootfs.path()).map_err(kernel("opening the root file system"))?;
     let account = user::resolve(&root, request.user.as_ref().unwrap_or(&User::default()))?;
     // As other runtimes do: a working directory that the image lacks is made.
-    root.create_directories(spec.cwd())
+    root.directory(spec.cwd())
         .map_err(kernel("making the working directory"))?;
     let pod_pids = spec.shares(LinuxNamespaceType::Pid);
-    let complete = spec.complete(&request.id, rootfs.path(), &account, hostname)?;
+    let complete = spec.complete(rootfs.path(), &account, hostname)?;
 
     let bundle = bundle(&request.id);
     let write = |name: &str, content: serde_json::Result<Vec<u8>>| {
@@ -169,7 +168,7 @@ fn write_bundle(
             .map(|()| path)
             .map_err(kernel("writing the bundle"))
     };
-    write("config.json", serde_json::to_vec(&complete.spec))?;
+    write(SPEC, serde_json::to_vec(&complete.spec))?;
     let seccomp = complete
         .seccomp
         .map(|seccomp| write("seccomp.json", serde_json::to_vec(&seccomp)))
@@ -199,13 +198,10 @@ fn disassemble(assembly: &mut Assembly, container: &Container) -> io::Result<Vec
 fn clean_up(id: &str) -> io::Result<()> {
     let bundle = bundle(id);
     Rootfs::new(bundle.join("rootfs"), files::scratch().join(id)).remove()?;
-    for directory in [bundle, std::path::Path::new(LIBCONTAINER_STATE).join(id)] {
-        match fs::remove_dir_all(directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+    match fs::remove_dir_all(bundle) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -370,6 +370,9 @@ fn check_id(id: &str) -> Result<(), ContainerError> {
     }
 }
 
+/// Of a bundle: the spec.
+const SPEC: &str = "config.json";
+
 /// Directory of one container's bundle.
 fn bundle(id: &str) -> PathBuf {
     Path::new(crate::sandbox::DIRECTORY)
