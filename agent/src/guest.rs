@@ -3,7 +3,6 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -65,48 +64,46 @@ pub fn mount_for_calls() -> Result<(), InitError> {
         .map_err(step("making directories"))
 }
 
-/// Everything else that a guest has.
+/// What containers need of the guest besides.
 pub fn prepare_for_containers() -> Result<(), InitError> {
-    mount_at("sysfs", "/sys", GUARDED, "")?;
     let options = "nsdelegate,memory_recursiveprot";
     mount_at("cgroup2", cgroup::MOUNT_POINT, GUARDED, options)?;
     cgroup::set_up().map_err(step("making control groups"))?;
-    mount_at(
-        "devpts",
-        "/dev/pts",
-        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
-        "newinstance,ptmxmode=0666,mode=0620,gid=5",
-    )?;
-    for (link, target) in [
-        ("/dev/fd", "/proc/self/fd"),
-        ("/dev/stdin", "/proc/self/fd/0"),
-        ("/dev/stdout", "/proc/self/fd/1"),
-        ("/dev/stderr", "/proc/self/fd/2"),
-    ] {
-        match symlink(target, link) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(step(link)(error));
-            }
-            _ => {}
-        }
-    }
     set_loopback_up().map_err(step("taking the loopback interface up"))
 }
 
 /// Parameters of a kernel that has nothing else to do than this pod. Without them a pod works, too.
 pub fn tune_kernel() {
+    let reserve = reserve_kib(memory_kib());
     for (name, value) in [
         // Few free pages on the CPUs' own lists. By default these may hold an eighth of the memory
         // (admin-guide/sysctl/vm.rst), which counts as used and which the host never gets back by
         // free page reporting.
-        ("vm/percpu_pagelist_high_fraction", "1000\n"),
+        ("vm/percpu_pagelist_high_fraction", "1000"),
+        ("vm/min_free_kbytes", reserve.to_string().as_str()),
         // Our log lines all count; by default ten in five seconds do (admin-guide/sysctl/kernel.rst).
-        ("kernel/printk_devkmsg", "on\n"),
+        ("kernel/printk_devkmsg", "on"),
     ] {
-        if let Err(error) = fs::write(Path::new("/proc/sys").join(name), value) {
+        let path = Path::new("/proc/sys").join(name);
+        if let Err(error) = fs::write(path, format!("{value}\n")) {
             kmsg::error!("cannot set {name}: {error}");
         }
     }
+}
+
+/// What the kernel keeps free for itself, which counts as used. Its own rule is 4 √memory for a machine of
+/// any kind, and with transparent huge pages, from 512 MiB on, 5 % of the memory. A pod has one disk, one
+/// network interface, and asks for huge pages itself.
+fn reserve_kib(memory_kib: u64) -> u64 {
+    (memory_kib / 512).min(4 * memory_kib.isqrt())
+}
+
+fn memory_kib() -> u64 {
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: a structure that lives through the call, which fails only for a bad address.
+    unsafe { libc::sysinfo(&raw mut info) };
+    info.totalram * u64::from(info.mem_unit) / 1024
 }
 
 fn mount_at(kind: &str, target: &str, flags: MsFlags, options: &str) -> Result<(), InitError> {
@@ -132,4 +129,16 @@ fn set_loopback_up() -> io::Result<()> {
         libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reserve_grows_slower_than_memory() {
+        assert_eq!(reserve_kib(512 << 10), 1024);
+        assert_eq!(reserve_kib(2 << 20), 4096);
+        assert_eq!(reserve_kib(64 << 20), 32768);
+    }
 }

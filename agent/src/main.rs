@@ -25,6 +25,7 @@
 //! | [`rootfs`]        | a container's root: layers under an overlay                              |
 //! | [`in_root`]       | files of a container's root, opened without following it outside         |
 //! | [`user`]          | who a process runs as, by the image's own files                          |
+//! | [`oci`]           | the OCI runtime spec, as far as the agent carries it out                 |
 //! | [`spec`]          | fills in what the OCI spec leaves to the guest                           |
 //! | [`cgroup`]        | control groups of containers and execs                                   |
 //! | [`resources`]     | limits of a container                                                    |
@@ -50,6 +51,7 @@ mod kmsg;
 mod launcher;
 mod mount;
 mod network;
+mod oci;
 mod reaper;
 mod relay;
 mod resources;

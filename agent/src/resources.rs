@@ -6,7 +6,8 @@ use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
+
+use crate::oci::{Cpu, Memory, Resources};
 
 /// Shares (version 1) and weight (version 2) of the CPU: smallest and largest.
 const SHARES: (u64, u64) = (2, 262_144);
@@ -15,9 +16,6 @@ const WEIGHT: (u64, u64) = (1, 10_000);
 /// Why limits are not set.
 #[derive(Debug, thiserror::Error)]
 pub enum ResourcesError {
-    /// Not a limit that the guest can set.
-    #[error("limits of {0} are not supported")]
-    Unsupported(&'static str),
     /// They contradict each other.
     #[error("{0}")]
     Inconsistent(&'static str),
@@ -37,7 +35,7 @@ pub enum ResourcesError {
 type Setting = (String, String);
 
 /// Writes the limits into the control group whose directory is `group`.
-pub fn apply(resources: &LinuxResources, group: BorrowedFd<'_>) -> Result<(), ResourcesError> {
+pub fn apply(resources: &Resources, group: BorrowedFd<'_>) -> Result<(), ResourcesError> {
     for (file, value) in settings(resources)? {
         write(group, &file, &value).map_err(|source| ResourcesError::Set {
             file,
@@ -59,51 +57,32 @@ fn write(group: BorrowedFd<'_>, file: &str, value: &str) -> io::Result<()> {
     File::from(openat2(group, file, how)?).write_all(value.as_bytes())
 }
 
-fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, ResourcesError> {
-    for (what, asked) in [
-        ("block devices", resources.block_io().is_some()),
-        ("network classes", resources.network().is_some()),
-        ("RDMA", resources.rdma().is_some()),
-    ] {
-        if asked {
-            return Err(ResourcesError::Unsupported(what));
-        }
+fn settings(resources: &Resources) -> Result<Vec<Setting>, ResourcesError> {
+    let mut settings = cpu_settings(&resources.cpu);
+    settings.extend(memory_settings(&resources.memory)?);
+    if let Some(pids) = &resources.pids {
+        settings.push(("pids.max".to_owned(), number_or_max(pids.limit)));
     }
-    let mut settings = Vec::new();
-    if let Some(cpu) = resources.cpu() {
-        settings.extend(cpu_settings(cpu)?);
-    }
-    if let Some(memory) = resources.memory() {
-        settings.extend(memory_settings(memory)?);
-    }
-    if let Some(pids) = resources.pids() {
-        settings.push(("pids.max".to_owned(), number_or_max(pids.limit())));
-    }
-    for limit in resources.hugepage_limits().iter().flatten() {
+    for limit in &resources.hugepage_limits {
         settings.push((
-            format!("hugetlb.{}.max", limit.page_size()),
-            number_or_max(limit.limit()),
+            format!("hugetlb.{}.max", limit.page_size),
+            number_or_max(limit.limit),
         ));
     }
     // Last: who names a file knows best.
-    for (file, value) in resources.unified().iter().flatten() {
+    for (file, value) in &resources.unified {
         settings.push((file.clone(), value.clone()));
     }
     Ok(settings)
 }
 
-fn cpu_settings(cpu: &LinuxCpu) -> Result<Vec<Setting>, ResourcesError> {
-    if cpu.realtime_runtime().is_some_and(|time| time != 0)
-        || cpu.realtime_period().is_some_and(|time| time != 0)
-    {
-        return Err(ResourcesError::Unsupported("real-time scheduling"));
-    }
+fn cpu_settings(cpu: &Cpu) -> Vec<Setting> {
     let mut settings = Vec::new();
     let mut set = |file: &str, value: String| settings.push((file.to_owned(), value));
-    if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+    if let Some(shares) = cpu.shares.filter(|shares| *shares != 0) {
         set("cpu.weight", weight(shares).to_string());
     }
-    match (cpu.quota(), cpu.period()) {
+    match (cpu.quota, cpu.period) {
         (None, None) => {}
         (quota, None) => set("cpu.max", number_or_max(quota.unwrap_or(-1))),
         (quota, Some(period)) => {
@@ -111,26 +90,26 @@ fn cpu_settings(cpu: &LinuxCpu) -> Result<Vec<Setting>, ResourcesError> {
             set("cpu.max", format!("{quota} {period}"));
         }
     }
-    if let Some(burst) = cpu.burst() {
+    if let Some(burst) = cpu.burst {
         set("cpu.max.burst", burst.to_string());
     }
-    if let Some(idle) = cpu.idle() {
+    if let Some(idle) = cpu.idle {
         set("cpu.idle", idle.to_string());
     }
-    if let Some(cpus) = cpu.cpus() {
+    if let Some(cpus) = &cpu.cpus {
         set("cpuset.cpus", cpus.clone());
     }
-    if let Some(mems) = cpu.mems() {
+    if let Some(mems) = &cpu.mems {
         set("cpuset.mems", mems.clone());
     }
-    Ok(settings)
+    settings
 }
 
-fn memory_settings(memory: &LinuxMemory) -> Result<Vec<Setting>, ResourcesError> {
+fn memory_settings(memory: &Memory) -> Result<Vec<Setting>, ResourcesError> {
     let mut settings = Vec::new();
-    let limit = memory.limit().filter(|limit| *limit != 0);
+    let limit = memory.limit.filter(|limit| *limit != 0);
     // In version 1's words, which the spec uses, "swap" is memory and swap together.
-    let swap = match (limit, memory.swap().filter(|swap| *swap != 0)) {
+    let swap = match (limit, memory.swap.filter(|swap| *swap != 0)) {
         (_, None) => None,
         (None, Some(_)) => {
             return Err(ResourcesError::Inconsistent(
@@ -149,7 +128,7 @@ fn memory_settings(memory: &LinuxMemory) -> Result<Vec<Setting>, ResourcesError>
     for (file, value) in [
         ("memory.swap.max", swap),
         ("memory.max", limit),
-        ("memory.low", memory.reservation().filter(|low| *low != 0)),
+        ("memory.low", memory.reservation.filter(|low| *low != 0)),
     ] {
         if let Some(value) = value {
             settings.push((
@@ -193,7 +172,7 @@ mod tests {
     use serde_json::{Value, json};
 
     fn parse(value: Value) -> Result<Vec<(String, String)>, String> {
-        let resources: LinuxResources = serde_json::from_value(value).unwrap();
+        let resources: Resources = serde_json::from_value(value).unwrap();
         settings(&resources).map_err(|error| error.to_string())
     }
 
@@ -256,11 +235,5 @@ mod tests {
         ] {
             assert_eq!(weight(shares), expected, "{shares}");
         }
-    }
-
-    #[test]
-    fn what_is_not_supported_is_refused() {
-        assert!(parse(json!({ "blockIO": { "weight": 10 } })).is_err());
-        assert!(parse(json!({ "cpu": { "realtimeRuntime": 10 } })).is_err());
     }
 }

@@ -5,7 +5,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use oci_spec::runtime::LinuxNamespaceType;
 use podvisor_proto::agent::{CreateContainerRequest, ResolvedUser, Segment, User};
 
 use super::{
@@ -14,9 +13,10 @@ use super::{
 };
 use crate::disk::Range;
 use crate::in_root::Root;
+use crate::oci::NamespaceKind;
 use crate::rootfs::Rootfs;
 use crate::sandbox::files;
-use crate::spec::ContainerSpec;
+use crate::spec::{CompleteSpec, ContainerSpec};
 use crate::user;
 
 /// From `cgroup.kill` to the end of a container's last process.
@@ -156,8 +156,8 @@ fn write_bundle(
     // As other runtimes do: a working directory that the image lacks is made.
     root.directory(spec.cwd())
         .map_err(kernel("making the working directory"))?;
-    let pod_pids = spec.shares(LinuxNamespaceType::Pid);
-    let complete = spec.complete(rootfs.path(), &account, hostname)?;
+    let pod_pids = spec.shares(NamespaceKind::Pid);
+    let CompleteSpec { spec, devices } = spec.complete(rootfs.path(), &account, hostname)?;
 
     let bundle = bundle(&request.id);
     let write = |name: &str, content: serde_json::Result<Vec<u8>>| {
@@ -168,8 +168,9 @@ fn write_bundle(
             .map(|()| path)
             .map_err(kernel("writing the bundle"))
     };
-    write(SPEC, serde_json::to_vec(&complete.spec))?;
-    let seccomp = complete
+    write(SPEC, serde_json::to_vec(&spec))?;
+    let seccomp = spec
+        .linux
         .seccomp
         .map(|seccomp| write("seccomp.json", serde_json::to_vec(&seccomp)))
         .transpose()?;
@@ -179,9 +180,9 @@ fn write_bundle(
         user: account.ids,
         bundle,
         pod_pids,
-        process: complete.process,
+        process: spec.process,
         seccomp,
-        devices: complete.devices,
+        devices,
         turn: tokio::sync::Mutex::default(),
         state: State::Created.into(),
         execs: Execs::default().into(),

@@ -23,7 +23,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
 
 use nix::sys::signal::Signal;
-use oci_spec::runtime::Process;
 use podvisor_proto::agent::{ConfigureSandboxRequest, ResolvedUser, Stdio};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinError;
@@ -33,6 +32,7 @@ use crate::device_filter::DeviceFilter;
 use crate::disk::{Disk, DiskError};
 use crate::events::Events;
 use crate::launcher::{LaunchError, Launcher};
+use crate::oci::Process;
 use crate::reaper::Reaper;
 use crate::rootfs::RootfsError;
 use crate::sandbox::{Sandbox, SandboxError};

@@ -32,7 +32,7 @@ impl Pod {
             State::Started(_) => return Err(container.wrong_state("is started already")),
             State::Removing => return Err(container.wrong_state("is being removed")),
         }
-        if stdio.terminal != container.process.terminal().unwrap_or(false) {
+        if stdio.terminal != container.process.terminal {
             return Err(ContainerError::Invalid(
                 "spec and standard streams disagree about a terminal".to_owned(),
             ));

@@ -1,7 +1,8 @@
 //! Capabilities of the calling thread (capabilities(7)).
 
 use nix::errno::Errno;
-use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
+
+use crate::oci::{Capabilities, Capability};
 
 /// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h): sets of 64 bits in two halves.
 const VERSION: u32 = 0x2008_0522;
@@ -22,13 +23,9 @@ struct Half {
     inheritable: u32,
 }
 
-/// Reduces all sets to what the spec says; a set that it does not name is empty.
-pub fn restrict(spec: Option<&LinuxCapabilities>) -> nix::Result<()> {
-    let mask = |set: fn(&LinuxCapabilities) -> &Option<Capabilities>| {
-        spec.and_then(|spec| set(spec).as_ref()).map_or(0, bits)
-    };
-    let bounding = mask(LinuxCapabilities::bounding);
-    let ambient = mask(LinuxCapabilities::ambient);
+/// Reduces all sets to what the spec says.
+pub fn restrict(spec: &Capabilities) -> nix::Result<()> {
+    let (bounding, ambient) = (bits(&spec.bounding), bits(&spec.ambient));
     // A change of user has taken the effective set away, and the bounding set shrinks only with
     // CAP_SETPCAP.
     raise_permitted()?;
@@ -39,9 +36,9 @@ pub fn restrict(spec: Option<&LinuxCapabilities>) -> nix::Result<()> {
         Ok(())
     })?;
     set(
-        mask(LinuxCapabilities::effective),
-        mask(LinuxCapabilities::permitted),
-        mask(LinuxCapabilities::inheritable),
+        bits(&spec.effective),
+        bits(&spec.permitted),
+        bits(&spec.inheritable),
     )?;
     for_each(|capability| {
         if ambient & bit(capability) != 0 {
@@ -101,59 +98,14 @@ fn prctl(operation: libc::c_int, first: libc::c_ulong, second: libc::c_ulong) ->
     Errno::result(result).map(drop)
 }
 
-fn bits(set: &Capabilities) -> u64 {
-    set.iter().fold(0, |bits, name| bits | bit(number(*name)))
+fn bits(set: &[Capability]) -> u64 {
+    set.iter().fold(0, |bits, capability| {
+        bits | bit(*capability as libc::c_ulong)
+    })
 }
 
 const fn bit(capability: libc::c_ulong) -> u64 {
     1 << capability
-}
-
-/// linux/capability.h.
-const fn number(capability: Capability) -> libc::c_ulong {
-    match capability {
-        Capability::Chown => 0,
-        Capability::DacOverride => 1,
-        Capability::DacReadSearch => 2,
-        Capability::Fowner => 3,
-        Capability::Fsetid => 4,
-        Capability::Kill => 5,
-        Capability::Setgid => 6,
-        Capability::Setuid => 7,
-        Capability::Setpcap => 8,
-        Capability::LinuxImmutable => 9,
-        Capability::NetBindService => 10,
-        Capability::NetBroadcast => 11,
-        Capability::NetAdmin => 12,
-        Capability::NetRaw => 13,
-        Capability::IpcLock => 14,
-        Capability::IpcOwner => 15,
-        Capability::SysModule => 16,
-        Capability::SysRawio => 17,
-        Capability::SysChroot => 18,
-        Capability::SysPtrace => 19,
-        Capability::SysPacct => 20,
-        Capability::SysAdmin => 21,
-        Capability::SysBoot => 22,
-        Capability::SysNice => 23,
-        Capability::SysResource => 24,
-        Capability::SysTime => 25,
-        Capability::SysTtyConfig => 26,
-        Capability::Mknod => 27,
-        Capability::Lease => 28,
-        Capability::AuditWrite => 29,
-        Capability::AuditControl => 30,
-        Capability::Setfcap => 31,
-        Capability::MacOverride => 32,
-        Capability::MacAdmin => 33,
-        Capability::Syslog => 34,
-        Capability::WakeAlarm => 35,
-        Capability::BlockSuspend => 36,
-        Capability::AuditRead => 37,
-        Capability::Perfmon => 38,
-        Capability::Bpf => 39,
-        Capability::CheckpointRestore => 40,
-    }
 }
 
 #[cfg(test)]
@@ -162,23 +114,24 @@ mod tests {
 
     #[test]
     fn names_become_the_kernels_numbers() {
-        let set = Capabilities::from([Capability::Chown, Capability::Setfcap, Capability::Bpf]);
+        let set: Vec<Capability> =
+            serde_json::from_str(r#"["CAP_CHOWN", "CAP_SETFCAP", "CAP_BPF"]"#).unwrap();
         assert_eq!(bits(&set), 1 | 1 << 31 | 1 << 39);
     }
 
     #[test]
     fn sets_shrink_to_what_is_named() {
-        let mut spec = LinuxCapabilities::default();
-        let some = Capabilities::from([Capability::Chown, Capability::Bpf]);
-        let one = Capabilities::from([Capability::Chown]);
-        spec.set_bounding(Some(some.clone()))
-            .set_permitted(Some(some))
-            .set_effective(Some(one.clone()))
-            .set_inheritable(Some(one.clone()))
-            .set_ambient(Some(one));
+        let (one, two) = (Capability::CapChown, Capability::CapBpf);
+        let spec = Capabilities {
+            bounding: vec![one, two],
+            permitted: vec![one, two],
+            effective: vec![one],
+            inheritable: vec![one],
+            ambient: vec![one],
+        };
         // Of a thread of its own: what is gone does not come back.
         let status = std::thread::spawn(move || {
-            restrict(Some(&spec)).unwrap();
+            restrict(&spec).unwrap();
             std::fs::read_to_string("/proc/thread-self/status").unwrap()
         })
         .join()

@@ -6,18 +6,20 @@
 //! agent's size.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::unistd::{chdir, fchdir, pivot_root, sethostname};
-use oci_spec::runtime::{Linux, LinuxNamespaceType, Process, Spec};
 
 use super::message::{CreateRequest, Report, Reporter};
 use super::process::{CLONE_INTO_CGROUP, CloneArguments, Failure};
 use super::{program, view};
 use crate::in_root::Root;
+use crate::oci::{Namespace, NamespaceKind, Spec};
 use crate::resources;
 use crate::sysctl;
 
@@ -28,17 +30,12 @@ pub fn run(request: &CreateRequest, cgroup: OwnedFd, reporter: Reporter) -> Resu
         .map_err(serde_json::Error::io)
         .and_then(|bytes| serde_json::from_slice::<Spec>(&bytes))
         .map_err(|error| Failure::other("reading the spec", &error))?;
-    let (Some(process), Some(linux)) = (spec.process(), spec.linux()) else {
-        return Err(Failure::other("reading the spec", &"a part is missing"));
-    };
-    if let Some(limits) = linux.resources() {
-        resources::apply(limits, cgroup.as_fd())
-            .map_err(|error| Failure::other("limiting the container's resources", &error))?;
-    }
-    program::set_oom_score_adj(process)?;
+    resources::apply(&spec.linux.resources, cgroup.as_fd())
+        .map_err(|error| Failure::other("limiting the container's resources", &error))?;
+    program::set_oom_score_adj(&spec.process)?;
     // From here on this process may be seen from inside.
     prctl::set_dumpable(false).map_err(step("prctl"))?;
-    let own = join_namespaces(linux)?;
+    let own = join_namespaces(&spec.linux.namespaces)?;
     let arguments = CloneArguments {
         // The cgroup namespace comes later: its root is the control group of who makes it.
         flags: (own & !CloneFlags::CLONE_NEWCGROUP).bits() as u64
@@ -55,74 +52,65 @@ pub fn run(request: &CreateRequest, cgroup: OwnedFd, reporter: Reporter) -> Resu
             reporter.send(&Report::Process(pid));
             Ok(())
         }
-        None => Err(first_process(&spec, process, linux, own, reporter)),
+        None => Err(first_process(&spec, own, reporter)),
     }
 }
 
 /// Joins the namespaces that have a path; returns those that are to be made.
-fn join_namespaces(linux: &Linux) -> Result<CloneFlags, Failure> {
+fn join_namespaces(namespaces: &[Namespace]) -> Result<CloneFlags, Failure> {
     let mut own = CloneFlags::empty();
-    for namespace in linux.namespaces().iter().flatten() {
-        let kind = match namespace.typ() {
-            LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
-            LinuxNamespaceType::Pid => CloneFlags::CLONE_NEWPID,
-            LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
-            LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
-            LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
-            LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
-            other @ (LinuxNamespaceType::User | LinuxNamespaceType::Time) => {
-                return Err(Failure::other(
-                    "making the container's namespaces",
-                    &format!("{other} is not supported"),
-                ));
-            }
+    for namespace in namespaces {
+        let kind = match namespace.kind {
+            NamespaceKind::Mount => CloneFlags::CLONE_NEWNS,
+            NamespaceKind::Pid => CloneFlags::CLONE_NEWPID,
+            NamespaceKind::Ipc => CloneFlags::CLONE_NEWIPC,
+            NamespaceKind::Uts => CloneFlags::CLONE_NEWUTS,
+            NamespaceKind::Network => CloneFlags::CLONE_NEWNET,
+            NamespaceKind::Cgroup => CloneFlags::CLONE_NEWCGROUP,
         };
-        match namespace.path() {
+        match &namespace.path {
             None => own |= kind,
-            Some(path) => File::open(path)
-                .map_err(|error| error.to_string())
-                .and_then(|file| setns(file, kind).map_err(|error| error.to_string()))
+            Some(path) => join(path, kind)
                 .map_err(|error| Failure::other("joining the pod's namespaces", &error))?,
         }
     }
     Ok(own)
 }
 
+fn join(path: &Path, kind: CloneFlags) -> io::Result<()> {
+    Ok(setns(File::open(path)?, kind)?)
+}
+
 /// The life of the container's first process until it is its program. Returns only if that fails.
-fn first_process(
-    spec: &Spec,
-    process: &Process,
-    linux: &Linux,
-    own: CloneFlags,
-    reporter: Reporter,
-) -> Failure {
-    match enter(spec, linux, own) {
-        Ok(()) => program::become_program(process, linux.seccomp().as_ref(), true, reporter),
+fn first_process(spec: &Spec, own: CloneFlags, reporter: Reporter) -> Failure {
+    match enter(spec, own) {
+        Ok(()) => {
+            let filter = spec.linux.seccomp.as_ref();
+            program::become_program(&spec.process, filter, true, reporter)
+        }
         Err(failure) => failure,
     }
 }
 
 /// Moves into the container's namespaces and root. Until the last step, paths are the guest's.
-fn enter(spec: &Spec, linux: &Linux, own: CloneFlags) -> Result<(), Failure> {
+fn enter(spec: &Spec, own: CloneFlags) -> Result<(), Failure> {
     let step = |what| move |error: nix::Error| Failure::other(what, &error);
     if own.contains(CloneFlags::CLONE_NEWCGROUP) {
         unshare(CloneFlags::CLONE_NEWCGROUP).map_err(step("making the cgroup namespace"))?;
     }
-    if own.contains(CloneFlags::CLONE_NEWUTS)
-        && let Some(hostname) = spec.hostname()
-    {
-        sethostname(hostname).map_err(step("setting the host name"))?;
+    if own.contains(CloneFlags::CLONE_NEWUTS) {
+        sethostname(&spec.hostname).map_err(step("setting the host name"))?;
     }
-    for (name, value) in linux.sysctl().iter().flatten() {
+    for (name, value) in &spec.linux.sysctl {
         sysctl::set(name, value).map_err(|error| Failure::other("sysctl", &error))?;
     }
-    let propagation = match linux.rootfs_propagation().as_deref() {
-        Some("shared" | "rshared") => MsFlags::MS_SHARED,
-        Some("private" | "rprivate") => MsFlags::MS_PRIVATE,
+    let propagation = match spec.linux.rootfs_propagation.as_str() {
+        "shared" | "rshared" => MsFlags::MS_SHARED,
+        "private" | "rprivate" => MsFlags::MS_PRIVATE,
         _ => MsFlags::MS_SLAVE,
     };
     change_propagation("/", propagation).map_err(step("detaching from the guest's mounts"))?;
-    let root = view::build(spec, linux)?;
+    let root = view::build(spec)?;
     change_root(&root).map_err(step("changing the root"))
 }
 

@@ -7,11 +7,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
-use oci_spec::runtime::{LinuxSeccomp, Process};
 
 use super::message::{ExecRequest, FailureKind, Report, Reporter};
 use super::process::{CLONE_INTO_CGROUP, CloneArguments, Failure};
 use super::program;
+use crate::oci::{Process, Seccomp};
 
 /// Joins the container's namespaces and makes the process in `cgroup`.
 pub fn run(
@@ -65,7 +65,7 @@ pub fn run(
 /// The life of the process until it is its program. Returns only if that fails.
 fn become_program(
     process: &Process,
-    seccomp: Option<&LinuxSeccomp>,
+    seccomp: Option<&Seccomp>,
     pidfd: &OwnedFd,
     reporter: Reporter,
 ) -> Failure {

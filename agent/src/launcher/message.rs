@@ -5,8 +5,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
+
+use crate::oci::Process;
 
 /// Longest report, in bytes.
 pub const REPORT_LIMIT: usize = 8192;

@@ -6,17 +6,17 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat, major, makedev, minor, mknodat, umask};
 use nix::unistd::{Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, fchownat, symlinkat};
-use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Mount as MountSpec, Spec};
 
 use super::process::Failure;
 use crate::in_root::Root;
 use crate::mount::{Attributes, FileSystem, Mount, MountError, Options};
+use crate::oci::{self, Device, NodeKind, Spec};
 
 /// Devices that every container has (runtime-spec, config-linux.md, "Default Devices"): name, major and
 /// minor number.
@@ -41,30 +41,25 @@ const LINKS: [(&str, &str); 5] = [
 
 /// Makes everything in the root of `spec`, which is mounted already. The process is in the container's
 /// namespaces.
-pub fn build(spec: &Spec, linux: &Linux) -> Result<Root, Failure> {
-    let path = spec.root().as_ref().map(|root| root.path().as_path());
-    let root = Root::new(path.unwrap_or(Path::new("")))
+pub fn build(spec: &Spec) -> Result<Root, Failure> {
+    let linux = &spec.linux;
+    let root = Root::new(&spec.root.path)
         .map_err(|error| Failure::other("opening the root file system", &error))?;
-    for mount in spec.mounts().iter().flatten() {
+    for mount in &spec.mounts {
         add(&root, mount).map_err(|error| {
-            let destination = mount.destination().display();
+            let destination = mount.destination.display();
             Failure::other(&format!("mounting {destination}"), &error)
         })?;
     }
-    add_devices(&root, linux.devices().as_deref().unwrap_or_default())
-        .map_err(|error| Failure::other("making devices", &error))?;
+    add_devices(&root, &linux.devices).map_err(|error| Failure::other("making devices", &error))?;
     replace_null(&root).map_err(|error| Failure::other("placing the standard streams", &error))?;
-    for path in linux.readonly_paths().iter().flatten() {
-        make_read_only(&root, Path::new(path))
-            .map_err(|error| Failure::other(&format!("making {path} read-only"), &error))?;
+    for path in &linux.readonly_paths {
+        make_read_only(&root, path).map_err(|error| {
+            Failure::other(&format!("making {} read-only", path.display()), &error)
+        })?;
     }
-    mask(&root, linux.masked_paths().as_deref().unwrap_or_default())
-        .map_err(|error| Failure::other("masking paths", &error))?;
-    let read_only = spec
-        .root()
-        .as_ref()
-        .and_then(oci_spec::runtime::Root::readonly);
-    if read_only == Some(true) {
+    mask(&root, &linux.masked_paths).map_err(|error| Failure::other("masking paths", &error))?;
+    if spec.root.readonly {
         READ_ONLY
             .apply(root.as_fd(), false)
             .map_err(|error| Failure::other("making the root read-only", &error))?;
@@ -79,25 +74,23 @@ const READ_ONLY: Attributes = Attributes {
 };
 
 /// Adds one mount of the spec.
-fn add(root: &Root, spec: &MountSpec) -> Result<(), MountError> {
-    let options = spec.options().iter().flatten().map(String::as_str);
-    let options = Options::parse(options);
-    let kind = spec.typ().as_deref().unwrap_or("none");
-    let destination = spec.destination();
-    let (mount, place) = if options.bind || kind == "bind" {
-        let source = spec.source().as_deref().ok_or(Errno::EINVAL)?;
+fn add(root: &Root, spec: &oci::Mount) -> Result<(), MountError> {
+    let options = Options::parse(spec.options.iter().map(String::as_str));
+    let destination = &spec.destination;
+    let (mount, place) = if options.bind || spec.kind == "bind" {
+        let source = spec.source.as_deref().ok_or(Errno::EINVAL)?;
         // A path of the agent's own, or one below it that the host names: links are followed.
         let source = open(source, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
         let mount = Mount::again(source.as_fd(), options.bind_recursive)?;
         options.attributes.apply(mount.as_fd(), false)?;
         (mount, place_for(root, destination, source.as_fd())?)
     } else {
-        let place = match kind {
+        let place = match spec.kind.as_str() {
             // What relies on /proc and /sys being where their names say must not be led astray.
             "proc" | "sysfs" => root.directory_without_links(destination)?,
             _ => root.directory(destination)?,
         };
-        (make(kind, spec.source().as_deref(), &options)?, place)
+        (make(&spec.kind, spec.source.as_deref(), &options)?, place)
     };
     options.recursive.apply(mount.as_fd(), true)?;
     Ok(mount.attach(place.as_fd())?)
@@ -137,7 +130,7 @@ fn make(kind: &str, source: Option<&Path>, options: &Options) -> Result<Mount, M
 }
 
 /// Makes the devices of the spec, those that every container has, and links. What is there stays.
-fn add_devices(root: &Root, devices: &[LinuxDevice]) -> io::Result<()> {
+fn add_devices(root: &Root, devices: &[Device]) -> io::Result<()> {
     // Modes are as they are written.
     let previous = umask(Mode::empty());
     let directory = root.directory(Path::new("/dev"))?;
@@ -161,25 +154,21 @@ fn add_devices(root: &Root, devices: &[LinuxDevice]) -> io::Result<()> {
     Ok(())
 }
 
-fn add_device(root: &Root, device: &LinuxDevice) -> io::Result<()> {
-    let kind = match device.typ() {
-        LinuxDeviceType::B => SFlag::S_IFBLK,
-        LinuxDeviceType::C | LinuxDeviceType::U => SFlag::S_IFCHR,
-        LinuxDeviceType::P => SFlag::S_IFIFO,
-        LinuxDeviceType::A => return Err(Errno::EINVAL.into()),
+fn add_device(root: &Root, device: &Device) -> io::Result<()> {
+    let kind = match device.kind {
+        NodeKind::Block => SFlag::S_IFBLK,
+        NodeKind::Character => SFlag::S_IFCHR,
+        NodeKind::Fifo => SFlag::S_IFIFO,
     };
-    let path = device.path();
+    let path = &device.path;
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Errno::EINVAL.into());
     };
     let parent = root.directory(parent)?;
-    let mode = Mode::from_bits_truncate(device.file_mode().unwrap_or(0o666) & 0o7777);
-    let number = makedev(device.major() as u64, device.minor() as u64);
+    let mode = Mode::from_bits_truncate(device.file_mode.unwrap_or(0o666) & 0o7777);
+    let number = makedev(device.major, device.minor);
     present(mknodat(&parent, name, kind, mode, number))?;
-    let owner = (
-        device.uid().map(Uid::from_raw),
-        device.gid().map(Gid::from_raw),
-    );
+    let owner = (device.uid.map(Uid::from_raw), device.gid.map(Gid::from_raw));
     if owner != (None, None) {
         fchownat(
             &parent,
@@ -252,10 +241,10 @@ fn make_read_only(root: &Root, path: &Path) -> io::Result<()> {
 
 /// Hides each of `paths` that is there: directories below an empty one that is read-only and the same
 /// for all, everything else below /dev/null.
-fn mask(root: &Root, paths: &[String]) -> Result<(), MountError> {
+fn mask(root: &Root, paths: &[PathBuf]) -> Result<(), MountError> {
     let (mut empty, mut nothing) = (None, None);
     for path in paths {
-        let Some(place) = existing(root, Path::new(path))? else {
+        let Some(place) = existing(root, path)? else {
             continue;
         };
         let directory =
