@@ -17,6 +17,9 @@ pub struct Spec {
     pub root: Root,
     #[serde(default)]
     pub hostname: String,
+    /// For people and other programs: without effect on the container.
+    #[serde(default)]
+    pub annotations: BTreeMap<String, String>,
     #[serde(default)]
     pub mounts: Vec<Mount>,
     pub linux: Linux,

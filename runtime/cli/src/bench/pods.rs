@@ -132,8 +132,8 @@ impl Bench {
         }
         if containers > 1 {
             for running in &mut pods {
-                for _ in 1..containers {
-                    self.add_container(running).await?;
+                for number in 1..containers {
+                    self.add_container(running, number).await?;
                 }
                 let own = memory_of_own_processes(running).await?;
                 let name = format!("{MEMORY}/podvisor's own with {containers} containers: PSS");
@@ -196,8 +196,11 @@ impl Bench {
     }
 
     /// One container more in a pod that runs.
-    async fn add_container(&self, running: &mut Running) -> anyhow::Result<()> {
-        let config = container_config(&self.image);
+    async fn add_container(&self, running: &mut Running, number: usize) -> anyhow::Result<()> {
+        let mut config = container_config(&self.image);
+        if let Some(metadata) = &mut config.metadata {
+            metadata.name += &format!("-{number}");
+        }
         let container = Box::pin(running.pod.create(config, sandbox_config()?)).await?;
         let exit = running.pod.start(&container).await?;
         anyhow::ensure!(exit.is_none(), "the container does not start");
