@@ -20,7 +20,7 @@ use crate::state::now_ns;
 /// - no checks of hardware that is not there, no switch of code for one CPU and back;
 /// - waits for RCU are short: the guest's start has many, and nobody else to disturb.
 const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 random.trust_cpu=on \
-     no_timer_check noreplace-smp rcupdate.rcu_expedited=1";
+     no_timer_check noreplace-smp rcupdate.rcu_expedited=1 page_reporting.page_reporting_order=2";
 
 /// The kernel's words when it dies.
 const PANIC_MARK: &str = "Kernel panic - not syncing";

@@ -154,7 +154,7 @@ fn killed_vmm() {
     match Backend::here() {
         Backend::Qemu => dies(Backend::Qemu.vm_process()),
         Backend::Kvm => {
-            eprintln!("skipped: the VMM is in the monitor's process, which killed_monitor kills")
+            eprintln!("skipped: the VMM is in the monitor's process, which killed_monitor kills");
         }
     }
 }

@@ -199,7 +199,7 @@ impl Bench {
     async fn add_container(&self, running: &mut Running, number: usize) -> anyhow::Result<()> {
         let mut config = container_config(&self.image);
         if let Some(metadata) = &mut config.metadata {
-            metadata.name += &format!("-{number}");
+            metadata.name = format!("{}-{number}", metadata.name);
         }
         let container = Box::pin(running.pod.create(config, sandbox_config()?)).await?;
         let exit = running.pod.start(&container).await?;

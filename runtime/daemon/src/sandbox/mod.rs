@@ -199,9 +199,10 @@ impl Daemon {
                     Error::Monitor(status)
                         if matches!(status.code(), Code::Unknown | Code::Unavailable)
                 );
-                let error = match broken {
-                    true => self.why(&id, &monitor, error).await,
-                    false => error,
+                let error = if broken {
+                    self.why(&id, &monitor, error).await
+                } else {
+                    error
                 };
                 monitor.kill();
                 Err(error)
