@@ -13,14 +13,22 @@ image:               ## what a pod's VM boots: target/guest/{vmlinux,bzImage,ini
 run:                 ## try it: install, build, a daemon, a registry, a first pod
 	scripts/run
 
-test: build          ## unit, property and end-to-end tests (as root)
+test: build          ## unit, property and end-to-end tests (as root), then those of VMs on real KVM
 	cargo test --locked --workspace
+	scripts/test-kvm
 
 lint:                ## formatting, clippy, dependencies, shell scripts
 	scripts/lint
 
-bench: build         ## costs of a pod by phase, as JSON and a table
+fuzz:                ## hostile drivers against each virtio device, MINUTES (10) each, with a nightly compiler
+	scripts/fuzz $(or $(MINUTES),10)
+
+bench: build         ## costs of a pod by phase, as JSON and a table: on QEMU, then on KVM in the nested host
 	scripts/bench
+	scripts/bench-kvm
+
+instructions:        ## what each virtio device takes for a request, counted by valgrind
+	scripts/instructions
 
 install: build       ## binaries, guest image and, if there is none, a configuration, below DESTDIR
 	install -D -t $(DESTDIR)/usr/bin target/release/podvisord target/release/podvisor-monitor target/release/podvisor
@@ -30,4 +38,4 @@ install: build       ## binaries, guest image and, if there is none, a configura
 deps:                ## Debian packages needed to build, run and test (as root)
 	scripts/install-deps
 
-.PHONY: help build image run test lint bench install deps
+.PHONY: help build image run test lint fuzz bench instructions install deps

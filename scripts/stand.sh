@@ -66,22 +66,24 @@ start_registry() {
 	END
 }
 
-# start_podvisord OCTET: the pods' network is the bridge podvisor-OCTET with 10.OCTET.0.0/24; the
-# configuration file is config.toml.
+# start_podvisord OCTET [NAME [LINE]]: the pods' network is the bridge podvisor-OCTET with 10.OCTET.0.0/24; the
+# configuration file is config.toml, with LINE in it. A second podvisord has a NAME, and all its files in a directory
+# of that name.
 start_podvisord() {
-	local octet=$1
-	"$rig/cni.sh" "$work/cni" "podvisor-$octet" "$octet"
-	cat >config.toml <<-END
-		run_dir = "$work/run"
-		data_dir = "$work/data"
+	local octet=$1 dir=$work${2:+/$2} line=${3:-}
+	"$rig/cni.sh" "$dir/cni" "podvisor-$octet" "$octet"
+	cat >"$dir/config.toml" <<-END
+		run_dir = "$dir/run"
+		data_dir = "$dir/data"
+		$line
 		[vm]
 		guest_dir = "$repository/target/guest"
 		[network]
-		conf_dir = "$work/cni/net.d"
+		conf_dir = "$dir/cni/net.d"
 		[image]
 		certs_dir = "$work/certs.d"
 		[cgroup]
 		parent = "/podvisor-$octet"
 	END
-	start podvisord '*ready*' "$release/podvisord" --config config.toml
+	start "${2:-podvisord}" '*ready*' "$release/podvisord" --config "$dir/config.toml"
 }

@@ -1,6 +1,7 @@
 //! `podvisor bench`: what a user of the product waits for and pays.
 //!
 //! - [`pods`]: pods one after the other and in parallel, by RPC and by phase; memory while they run.
+//! - [`throughput`]: bytes a second between a pod and its host.
 //! - [`pull`]: pull and unpack, against another CRI runtime.
 //! - [`stats`], [`report`]: samples to numbers, numbers to tables and JSON.
 //!
@@ -10,17 +11,19 @@ mod pods;
 mod pull;
 mod report;
 mod stats;
+mod throughput;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use podvisor_daemon::config::Config;
 use podvisor_proto::cri;
 
 use crate::client::{self, Daemon};
 use crate::image::{self, Pull};
 use crate::signals::Interrupts;
 use crate::{Context, Output, pod};
-use pods::Bench;
+use pods::{AGAINST, Bench, SERIAL};
 use report::{Machine, Report};
 use stats::Samples;
 
@@ -33,6 +36,15 @@ pub struct BenchArgs {
     /// Pods that are started at a time in the second part
     #[arg(long, value_name = "P", default_value_t = 4, value_parser = at_least_one)]
     parallel: usize,
+    /// Configuration of another podvisord, whose pods take turns with the first part's
+    #[arg(long, value_name = "CONFIG")]
+    against: Option<PathBuf>,
+    /// Containers in each pod at last, to see what each further one costs the pod's monitor
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    containers: usize,
+    /// Also measure how fast bytes move between a pod and its host
+    #[arg(long)]
+    throughput: bool,
     /// Image of the pods; must have a shell. Pulled if it is not there
     #[arg(long, default_value = "busybox")]
     image: String,
@@ -80,7 +92,8 @@ pub async fn bench(context: &Context, args: BenchArgs) -> anyhow::Result<()> {
     let samples = measured?;
 
     let machine = Machine::here(version(&mut daemon).await?);
-    let report = Report::new(machine, args.pods, args.parallel, &samples);
+    let (backend, samples) = samples;
+    let report = Report::new(machine, backend, args.pods, args.parallel, &samples);
     let json = serde_json::to_string_pretty(&report)?;
     if let Some(path) = &args.json {
         std::fs::write(path, &json).with_context(|| format!("cannot write {}", path.display()))?;
@@ -100,7 +113,7 @@ async fn measure(
     args: &BenchArgs,
     daemon: &Daemon,
     label: &str,
-) -> anyhow::Result<Samples> {
+) -> anyhow::Result<(String, Samples)> {
     let mut samples = Samples::default();
     let bench = Bench {
         daemon: daemon.clone(),
@@ -109,12 +122,27 @@ async fn measure(
         label: label.to_owned(),
         image: image::ensure(daemon, &args.image, Pull::Missing, false).await?,
     };
+    let other = match &args.against {
+        Some(path) => Some(other_bench(path, args, label).await?),
+        None => None,
+    };
     eprintln!("warming up");
-    bench.serial(1, |_| ()).await?;
-    eprintln!("{} pods, one by one", args.pods);
-    samples.append(bench.serial(args.pods, progress).await?);
+    let backend = bench.warm_up().await?;
+    let mut turns = vec![(SERIAL, &bench)];
+    if let Some(other) = &other {
+        other.warm_up().await?;
+        turns.push((AGAINST, other));
+    }
+    eprintln!("{} pods, one by one, on {backend}", args.pods);
+    for done in 1..=args.pods {
+        for (group, bench) in &turns {
+            samples.append(Box::pin(bench.one(group, args.throughput)).await?);
+        }
+        progress(done);
+    }
     eprintln!("\n{} pods, {} at a time", args.pods, args.parallel);
-    samples.append(bench.parallel(args.pods, args.parallel).await?);
+    let parallel = bench.parallel(args.pods, args.parallel, args.containers);
+    samples.append(Box::pin(parallel).await?);
 
     if let Some(image) = &args.pull {
         let other = match &args.pull_against {
@@ -128,7 +156,21 @@ async fn measure(
         samples.append(pulls.await?);
         eprintln!();
     }
-    Ok(samples)
+    Ok((backend, samples))
+}
+
+/// The podvisord that takes turns.
+async fn other_bench(config: &Path, args: &BenchArgs, label: &str) -> anyhow::Result<Bench> {
+    let config = Config::load(Some(config))?;
+    let socket = config.socket_path();
+    let daemon = Daemon::connect(&socket).await?;
+    Ok(Bench {
+        image: image::ensure(&daemon, &args.image, Pull::Missing, false).await?,
+        daemon,
+        socket,
+        run_dir: config.run_dir,
+        label: label.to_owned(),
+    })
 }
 
 fn progress(done: usize) {
@@ -144,7 +186,7 @@ async fn version(daemon: &mut Daemon) -> Result<String, client::ClientError> {
         .runtime_version)
 }
 
-fn read_report(path: &std::path::Path) -> anyhow::Result<Report> {
+fn read_report(path: &Path) -> anyhow::Result<Report> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("{} is no report", path.display()))

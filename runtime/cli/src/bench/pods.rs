@@ -1,12 +1,15 @@
 //! Pods one after the other, and many at a time.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::Context as _;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use podvisor_proto::cri;
 
 use super::stats::{Samples, Unit};
+use super::throughput;
 use crate::client::{self, Daemon};
 use crate::memory;
 use crate::pod::{self, Pod};
@@ -14,18 +17,19 @@ use crate::timeline;
 
 /// Group of the pods that come one after the other.
 pub const SERIAL: &str = "one by one";
+/// Group of the other podvisord's pods, which take turns with those.
+pub const AGAINST: &str = "one by one, the other";
+/// What each pod takes of the host's MemAvailable, all in.
+pub const HOST_MEMORY: &str = "taken of the host's MemAvailable";
 /// The metric of the VM's boot.
 pub const BOOT: &str = "VMM's start to agent ready";
 /// Group of what processes take.
 pub const MEMORY: &str = "memory";
 
-/// Group of the vCPUs' exits, since the VM began.
-pub const EXITS: &str = "VM exits";
-
 /// ExecSync calls per pod.
 const EXECS: usize = 5;
 /// Seconds for each.
-const EXEC_TIMEOUT_S: i64 = 10;
+const EXEC_TIMEOUT_S: i64 = 60;
 /// Seconds that the container may take to end; it does so at once.
 const STOP_GRACE_S: i64 = 10;
 /// A process that ends at SIGTERM, which PID 1 does only with a handler.
@@ -52,14 +56,14 @@ pub struct Bench {
 }
 
 /// A pod with one running container.
-struct Running {
+pub struct Running {
     pod: Pod,
     container: String,
 }
 
 impl Running {
     /// What a command that must succeed writes.
-    async fn exec(&self, command: &[&str]) -> anyhow::Result<Vec<u8>> {
+    pub async fn exec(&self, command: &[&str]) -> anyhow::Result<Vec<u8>> {
         let response = self
             .pod
             .exec(&self.container, command, EXEC_TIMEOUT_S)
@@ -68,34 +72,54 @@ impl Running {
         anyhow::ensure!(code == 0, "{command:?} ended with {code} in the container");
         Ok(response.stdout)
     }
+
+    /// The pod's first address.
+    pub async fn ip(&self) -> anyhow::Result<IpAddr> {
+        let ip = self.pod.ip().await?;
+        ip.parse()
+            .with_context(|| format!("the pod's address {ip:?}"))
+    }
 }
 
 impl Bench {
-    /// `count` pods, each from its start to its removal before the next begins.
-    pub async fn serial(
-        &self,
-        count: usize,
-        mut done: impl FnMut(usize),
-    ) -> anyhow::Result<Samples> {
-        let mut all = Samples::default();
-        for index in 0..count {
-            let (running, started) = self.start(SERIAL).await?;
-            all.append(started);
-            for _ in 0..EXECS {
-                let begin = Instant::now();
-                running.exec(&["true"]).await?;
-                time(&mut all, SERIAL, "ExecSync true", begin);
-            }
-            all.append(remove(SERIAL, running).await?);
-            done(index + 1);
+    /// A pod that is not counted. Returns what its VM runs on.
+    pub async fn warm_up(&self) -> anyhow::Result<String> {
+        let (running, _) = self.start(SERIAL).await?;
+        let backend = running.pod.vm_stats().await?.backend;
+        remove(SERIAL, running).await?;
+        Ok(backend)
+    }
+
+    /// A pod from its start to its removal, perhaps with what it moves meanwhile.
+    pub async fn one(&self, group: &str, with_throughput: bool) -> anyhow::Result<Samples> {
+        let (running, mut all) = self.start(group).await?;
+        for exit in running.pod.vm_stats().await?.exits {
+            let name = format!("{group}/VM exits until it runs: {}", exit.name);
+            all.add(name, Unit::Count, exit.count as f64);
         }
+        for _ in 0..EXECS {
+            let begin = Instant::now();
+            running.exec(&["true"]).await?;
+            time(&mut all, group, "ExecSync true", begin);
+        }
+        if with_throughput {
+            all.append(throughput::measure(&running, group).await?);
+        }
+        all.append(remove(group, running).await?);
         Ok(all)
     }
 
-    /// `count` pods, `at_once` at a time; their memory when all of them run; and their removal.
-    pub async fn parallel(&self, count: usize, at_once: usize) -> anyhow::Result<Samples> {
+    /// `count` pods, `at_once` at a time; their memory when all of them run, and with `containers` in each; and
+    /// their removal.
+    pub async fn parallel(
+        &self,
+        count: usize,
+        at_once: usize,
+        containers: usize,
+    ) -> anyhow::Result<Samples> {
         let group = &format!("{at_once} at a time");
         let mut all = Samples::default();
+        let available_before = available_on_host()?;
 
         let begin = Instant::now();
         let started: Vec<(Running, Samples)> = stream::iter(0..count)
@@ -112,8 +136,21 @@ impl Bench {
         all.add(format!("{group}/a pod every"), Unit::Milliseconds, wall);
 
         let mut memory = Samples::default();
+        let taken = available_before.saturating_sub(available_on_host()?) as f64;
+        let per_pod = taken / count as f64 / MIB;
+        memory.add(format!("{MEMORY}/{HOST_MEMORY}"), Unit::Mebibytes, per_pod);
         for running in &pods {
             memory.append(memory_of_pod(running).await?);
+        }
+        if containers > 1 {
+            for running in &mut pods {
+                for number in 1..containers {
+                    self.add_container(running, number).await?;
+                }
+                let own = memory_of_own_processes(running).await?;
+                let name = format!("{MEMORY}/podvisor's own with {containers} containers: PSS");
+                memory.add(name, Unit::Mebibytes, own as f64 / MIB);
+            }
         }
         memory.append(memory_of_podvisord(&self.socket).await?);
 
@@ -169,6 +206,18 @@ impl Bench {
         time(&mut samples, group, "Create + Start", begin);
         Ok((Running { pod, container }, samples))
     }
+
+    /// One container more in a pod that runs.
+    async fn add_container(&self, running: &mut Running, number: usize) -> anyhow::Result<()> {
+        let mut config = container_config(&self.image);
+        if let Some(metadata) = &mut config.metadata {
+            metadata.name = format!("{}-{number}", metadata.name);
+        }
+        let container = Box::pin(running.pod.create(config, sandbox_config()?)).await?;
+        let exit = running.pod.start(&container).await?;
+        anyhow::ensure!(exit.is_none(), "the container does not start");
+        Ok(())
+    }
 }
 
 async fn remove(group: &str, running: Running) -> anyhow::Result<Samples> {
@@ -221,11 +270,21 @@ async fn memory_of_pod(running: &Running) -> anyhow::Result<Samples> {
         let used = stats.memory_bytes.saturating_sub(available);
         add("guest: used at idle", used);
     }
-    for exit in stats.exits {
-        let name = format!("{EXITS}/{}", exit.name);
-        samples.add(name, Unit::Count, exit.count as f64);
-    }
     Ok(samples)
+}
+
+/// PSS of podvisor's own processes of a pod, guest RAM and QEMU apart.
+async fn memory_of_own_processes(running: &Running) -> anyhow::Result<u64> {
+    let snapshot = running.pod.snapshot().await?;
+    let stats = running.pod.vm_stats().await?;
+    let processes = memory::of_pod(snapshot.monitor_pid, &stats.guest_memory)?;
+    let own = processes.iter().filter(|p| p.pid != snapshot.vmm_pid);
+    Ok(own.map(|process| process.usage.pss).sum())
+}
+
+fn available_on_host() -> anyhow::Result<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo")?;
+    memory::available(&meminfo).context("no MemAvailable in /proc/meminfo")
 }
 
 /// The daemon's own memory, which does not grow with each pod as the monitors' does.

@@ -63,7 +63,7 @@ impl<'m> Gathered<'m> {
             self.first = 0;
         }
         let before = self.slices.len();
-        // One is left for the byte of `receive`.
+        // One is left for what `receive` spills.
         let limit = self.first + MAX_SLICES - 1;
         let added = append(self.slices, limit, self.memory, chain).and_then(|readable| {
             self.slices.drain(before..before + readable);
@@ -84,25 +84,29 @@ impl<'m> Gathered<'m> {
         added
     }
 
-    /// Reads a frame from what gives one with each read: a tap. Returns its length; `None`: it was longer than the
-    /// room, and is lost. Nothing is taken from the room.
+    /// Empties the room.
+    pub fn clear(&mut self) {
+        self.first = self.slices.len();
+        self.length = 0;
+    }
+
+    /// Reads a frame from what gives one with each read: a tap. What the room does not hold goes into `spill`, and what
+    /// neither holds is lost. Returns the bytes read; nothing is taken from the room.
     ///
     /// # Errors
     /// As of `readv(2)`; `WouldBlock` when no frame is there.
-    pub fn receive(&mut self, source: BorrowedFd<'_>) -> io::Result<Option<usize>> {
-        // The kernel cuts a frame that is too long, without a word. A byte more shows it.
-        let mut surplus = 0_u8;
+    pub fn receive(&mut self, source: BorrowedFd<'_>, spill: &mut [u8]) -> io::Result<usize> {
         self.slices.push(iovec {
-            iov_base: (&raw mut surplus).cast(),
-            iov_len: 1,
+            iov_base: spill.as_mut_ptr().cast(),
+            iov_len: spill.len(),
         });
         let slices = &self.slices[self.first..];
         let received = retry(|| {
-            // SAFETY: the slices are mapped and writable, the last one is `surplus`; the kernel writes only to them.
+            // SAFETY: the slices are mapped and writable, the last one is `spill`; the kernel writes only to them.
             unsafe { libc::readv(source.as_raw_fd(), slices.as_ptr(), slices.len() as i32) }
         });
         self.slices.pop();
-        Ok(Some(received?).filter(|length| *length <= self.length))
+        received
     }
 
     /// Takes the first `count` slices from the room.
@@ -116,5 +120,10 @@ impl<'m> Gathered<'m> {
         };
         self.length -= taken.length;
         taken
+    }
+
+    /// Takes the whole room.
+    pub fn take_all(&mut self) -> GuestSlices<'_> {
+        self.take(self.slices.len() - self.first)
     }
 }

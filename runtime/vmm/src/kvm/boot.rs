@@ -26,16 +26,32 @@ const RESERVED: u32 = 2;
 /// Memory that the kernel needs beside its image and the initramfs, to begin with.
 const KERNEL_NEEDS_BYTES: u64 = 32 << 20;
 
-/// Loads everything that a boot needs. Returns the entry point, for 32-bit protected mode.
+/// Kernel and initramfs in guest memory.
+#[derive(Debug)]
+pub struct Images {
+    /// Where the kernel begins, in 32-bit protected mode.
+    pub entry: GuestAddress,
+    initramfs: hvm_modlist_entry,
+}
+
+/// Loads kernel and initramfs.
 pub fn load(
     memory: &GuestMemoryMmap,
     kernel: OwnedFd,
     initramfs: OwnedFd,
-    cmdline: &str,
-    vcpus: u32,
-) -> Result<GuestAddress, KvmError> {
+) -> Result<Images, KvmError> {
     let (entry, kernel_end) = load_kernel(memory, kernel)?;
     let initramfs = load_initramfs(memory, initramfs, kernel_end)?;
+    Ok(Images { entry, initramfs })
+}
+
+/// Writes what the kernel reads of its machine.
+pub fn describe(
+    memory: &GuestMemoryMmap,
+    images: &Images,
+    cmdline: &str,
+    vcpus: u32,
+) -> Result<(), KvmError> {
     if cmdline.len() >= layout::CMDLINE_BYTES {
         return Err(KvmError::Config(format!(
             "a kernel command line of {} bytes: less than {} are possible",
@@ -47,8 +63,7 @@ pub fn load(
         .write_slice(cmdline.as_bytes(), layout::CMDLINE)
         .and_then(|()| mptable::write(memory, vcpus))
         .map_err(|error| KvmError::host("boot structures")(io::Error::other(error)))?;
-    write_start_info(memory, &initramfs)?;
-    Ok(entry)
+    write_start_info(memory, &images.initramfs)
 }
 
 fn load_kernel(memory: &GuestMemoryMmap, kernel: OwnedFd) -> Result<(GuestAddress, u64), KvmError> {

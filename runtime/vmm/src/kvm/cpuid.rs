@@ -20,11 +20,12 @@
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
-/// Features of KVM's that guests may use (the kernel's Documentation/virt/kvm/x86/cpuid.rst).
+/// Features of KVM's that guests may use (the kernel's Documentation/virt/kvm/x86/cpuid.rst). Not among them:
+/// asynchronous page faults, by which a guest would run other tasks while the host reads a page. Ours are in memory or
+/// in the page cache, and the guest's page fault handler stays the hardware's.
 const KVM_FEATURES: u32 = 1 // clock
     | 1 << 1 // no delays after port accesses
     | 1 << 3 // clock, by its newer MSRs
-    | 1 << 4 // asynchronous page faults
     | 1 << 5 // steal time
     | 1 << 6 // end of interrupt without an exit
     | 1 << 7 // waiting for a lock lets others run
@@ -32,7 +33,6 @@ const KVM_FEATURES: u32 = 1 // clock
     | 1 << 11 // interrupts to many vCPUs in one exit
     | 1 << 12 // no polling by the host while the guest polls
     | 1 << 13 // yield to the vCPU that an interrupt goes to
-    | 1 << 14 // asynchronous page faults by interrupt
     | 1 << 24; // the clock never goes back, on any CPU
 
 /// The vCPU whose CPUID is asked for.

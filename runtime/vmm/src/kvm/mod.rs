@@ -26,6 +26,7 @@ mod vcpu;
 mod virtio_mmio;
 
 use std::convert::Infallible;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -100,8 +101,9 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
     let kvm = Kvm::new().map_err(KvmError::call("opening /dev/kvm"))?;
     let max_vcpus = (kvm.get_max_vcpus() as u32).min(mptable::MAX_CPUS);
     config.check(max_vcpus).map_err(KvmError::Config)?;
-    let vm = kvm.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
     let memory = memory::create(config.memory_bytes)?;
+    let images = boot::load(&memory, config.kernel, config.initramfs)?;
+    let vm = kvm.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
     memory::register(&vm, &memory)?;
     vm.set_tss_address(layout::TSS)
         .map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
@@ -123,7 +125,7 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
             let irq = layout::VIRTIO_IRQ + slot as u32;
             let (on_bus, attached) = attach(&vm, name, device, address, irq)?;
             // The kernel's Documentation/admin-guide/kernel-parameters.txt.
-            cmdline += &format!(" virtio_mmio.device=4K@{address:#x}:{irq}");
+            let _ = write!(cmdline, " virtio_mmio.device=4K@{address:#x}:{irq}");
             counters.push(attached.served.counters());
             registers.push(on_bus);
             group.push(attached);
@@ -134,9 +136,8 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
     let console = nonblocking(config.console).map_err(KvmError::host("the console"))?;
     let bus = Arc::new(Bus::new(registers, console, serial_interrupt));
 
-    let (kernel, initramfs) = (config.kernel, config.initramfs);
-    let entry = boot::load(&memory, kernel, initramfs, &cmdline, config.vcpus)?;
-    let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
+    boot::describe(&memory, &images, &cmdline, config.vcpus)?;
+    let vcpus = create_vcpus(&kvm, &vm, config.vcpus, images.entry)?;
 
     let stop = eventfd()?;
     let (control, ended) = Control::new(stop.try_clone().map_err(KvmError::host("eventfd"))?);

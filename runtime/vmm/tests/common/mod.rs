@@ -70,6 +70,7 @@ impl Guest {
     /// Boots a VM that `change` has changed.
     pub async fn boot_with(change: impl FnOnce(&mut VmConfig)) -> Option<Self> {
         let kernel = prerequisites()?;
+        podvisor_vmm::seccomp::report_violations();
         // Shown when a test fails. There may be one already: another test's.
         let _ = tracing_subscriber::fmt()
             .with_env_filter("podvisor_vmm=debug")
@@ -182,6 +183,7 @@ fn initramfs() -> OwnedFd {
     });
     let mut archive = Vec::new();
     add_entry(&mut archive, "dev", 0o040_755, &[]);
+    add_entry(&mut archive, "sys", 0o040_755, &[]);
     add_entry(&mut archive, "init", 0o100_755, init);
     add_entry(&mut archive, "TRAILER!!!", 0, &[]);
     file_of(&archive).into()

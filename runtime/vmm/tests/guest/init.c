@@ -6,6 +6,8 @@
 //   write N OFFSET LENGTH BYTE  ok | errno (written and synced)
 //   discard N OFFSET LENGTH     ok | errno
 //   dial PORT                   ok | errno
+//   touch BYTES                 ok, when as much memory has been written and freed again
+//   cpus                        how many there are
 //   mac                         eth0's address | errno
 //   reboot
 //   panic
@@ -23,6 +25,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
@@ -153,12 +156,21 @@ static void mac(int control) {
     close(fd);
 }
 
+static int touch(long long bytes) {
+    char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        return -1;
+    memset(memory, 1, bytes);
+    return munmap(memory, bytes);
+}
+
 static void answer(int control, int result) {
     dprintf(control, "%s\n", result < 0 ? strerrorname_np(errno) : "ok");
 }
 
 int main(void) {
     mount("dev", "/dev", "devtmpfs", 0, NULL);
+    mount("sys", "/sys", "sysfs", 0, NULL);
     signal(SIGCHLD, SIG_IGN);
     serve_echo();
     int control = dial(1024);
@@ -178,6 +190,10 @@ int main(void) {
             answer(control, write_partition(number, offset, length, byte));
         else if (sscanf(line, "discard %d %lld %lld", &number, &offset, &length) == 3)
             answer(control, discard(number, offset, length));
+        else if (sscanf(line, "touch %lld", &length) == 1)
+            answer(control, touch(length));
+        else if (strcmp(line, "cpus\n") == 0)
+            dprintf(control, "%ld\n", sysconf(_SC_NPROCESSORS_ONLN));
         else if (sscanf(line, "dial %u", &port) == 1) {
             int fd = dial(port);
             answer(control, fd);

@@ -81,7 +81,7 @@ impl NetDevice {
             tap_gone: false,
             more,
             held_up: false,
-            receiver: Receiver::default(),
+            receiver: Receiver::new(),
             buffers: ChainBuffers::default(),
             dropped: Counter::default(),
         })

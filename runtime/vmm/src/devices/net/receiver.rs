@@ -1,8 +1,10 @@
 //! Frames from the tap into the driver's receive buffers.
 //!
-//! How long a frame is shows when it has been read. So chains are gathered until the longest frame fits, the tap
-//! writes the next one into them, and those that it did not need are for the ones after it, or go back to the queue
-//! in the end.
+//! How long a frame is shows when it has been read. So as many chains are gathered as the last frames were long, and
+//! the tap writes the next one into them; the rest of a frame that is longer goes into memory of ours, and from there
+//! into more chains. What a frame does not need is for the ones after it, or goes back to the queue in the end.
+//!
+//! A frame for which the driver has not given enough buffers waits until it has.
 
 use std::collections::VecDeque;
 use std::io;
@@ -32,6 +34,17 @@ pub(super) enum Pause {
     Gone,
 }
 
+/// What gathering chains has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Supply {
+    /// There is as much room as is wanted.
+    Enough,
+    /// There are no more chains.
+    Exhausted,
+    /// There was a malformed chain: it and those before it went back to the driver, empty.
+    Malformed,
+}
+
 /// A chain that is gathered.
 #[derive(Debug, Clone, Copy)]
 struct Waiting {
@@ -41,7 +54,7 @@ struct Waiting {
 }
 
 /// Receives frames.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Receiver {
     /// A frame may go into several chains (`VIRTIO_NET_F_MRG_RXBUF`).
     mergeable: bool,
@@ -50,17 +63,36 @@ pub(super) struct Receiver {
     chains: VecDeque<Waiting>,
     /// The chains of one frame, as (head, bytes written).
     frame: Vec<(u16, u32)>,
-    /// The most bytes that the driver has ever had in its queue at a time, as far as it matters.
-    most_offered: usize,
-    /// Frames that were lost because the driver's buffers did not hold them.
+    /// How long the next frame is likely to be.
+    expected: usize,
+    /// What of a frame does not fit into the chains that were there for it, at the same place as in the frame. With a
+    /// byte more than any frame has, as the kernel cuts what is longer without a word.
+    spill: Vec<u8>,
+    /// Length of the frame that is in `spill` as a whole, and waits for buffers; 0: there is none.
+    waiting: usize,
+    /// Frames that were lost, as the driver's buffers did not hold them.
     pub(super) dropped: Counter,
 }
 
 impl Receiver {
+    pub(super) fn new() -> Self {
+        Self {
+            mergeable: false,
+            buffers: ChainBuffers::default(),
+            chains: VecDeque::new(),
+            frame: Vec::new(),
+            expected: 0,
+            // Zeroes cost nothing before they are touched.
+            spill: vec![0; MAX_FRAME_BYTES + 1],
+            waiting: 0,
+            dropped: Counter::default(),
+        }
+    }
+
     /// Begins for a driver that takes frames in several chains, or not.
     pub(super) fn start(&mut self, mergeable: bool) {
         self.mergeable = mergeable;
-        self.most_offered = 0;
+        self.waiting = 0;
     }
 
     /// Receives frames until there are none, or no buffers, or it is enough for now. True: chains were returned to the
@@ -73,65 +105,101 @@ impl Receiver {
     ) -> Result<(bool, Pause), DeviceError> {
         // Taken out so that what is gathered in it does not borrow all of this.
         let mut buffers = std::mem::take(&mut self.buffers);
+        let mut room = buffers.gather(memory);
         queue.disable_notification(memory)?;
-        let outcome = self.receive_into(&mut buffers.gather(memory), memory, queue, tap);
+        let mut used = false;
+        let mut outcome = Ok(None);
+        for _ in 0..MAX_BATCH {
+            outcome = self.next_frame(&mut room, memory, queue, tap, &mut used);
+            if !matches!(outcome, Ok(None)) {
+                break;
+            }
+        }
         for _ in self.chains.drain(..) {
             queue.unpop();
         }
         self.buffers = buffers;
-        outcome
+        Ok((used, outcome?.unwrap_or(Pause::UntilTap)))
     }
 
-    fn receive_into<'m>(
+    /// Receives a frame. Returns why that does not go on, if it does not.
+    fn next_frame<'m>(
         &mut self,
         room: &mut Gathered<'m>,
         memory: &'m GuestMemoryMmap,
         queue: &mut QueueRef<'_>,
         tap: &Tap,
-    ) -> Result<(bool, Pause), DeviceError> {
-        let mut used = false;
-        for _ in 0..MAX_BATCH {
-            used |= self.gather(room, memory, queue)?;
-            if !self.enough(room) {
-                return Ok((used, Pause::UntilBuffers));
+        used: &mut bool,
+    ) -> Result<Option<Pause>, DeviceError> {
+        // A frame: its length, and how much of it is in the room already; the rest is in `spill`.
+        let (length, inside) = if self.waiting > 0 {
+            (self.waiting, 0)
+        } else {
+            let supply = self.gather(self.expected, room, memory, queue)?;
+            *used |= supply == Supply::Malformed;
+            if room.is_empty() {
+                return Ok((supply == Supply::Exhausted).then_some(Pause::UntilBuffers));
             }
-            match room.receive(tap.as_fd()) {
-                Ok(Some(length)) if length >= HEADER_BYTES => {
-                    self.hand_over(room, length);
-                    queue.add_used_together(memory, &self.frame)?;
-                    used = true;
-                }
-                Ok(_) => self.drop_frame(),
+            let inside = room.len();
+            let spill = &mut self.spill[inside.min(MAX_FRAME_BYTES + 1)..];
+            match room.receive(tap.as_fd(), spill) {
+                Ok(length) => (length, inside.min(length)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Ok((used, Pause::UntilTap));
+                    return Ok(Some(Pause::UntilTap));
                 }
                 // A frame for which the tap has no header. It is no longer there.
-                Err(error) if error.kind() == io::ErrorKind::InvalidInput => self.drop_frame(),
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                    self.drop_frame();
+                    return Ok(None);
+                }
                 Err(error) => {
                     warn!(%error, "the tap gives no frames any more");
-                    return Ok((used, Pause::Gone));
+                    return Ok(Some(Pause::Gone));
                 }
             }
+        };
+        if !(HEADER_BYTES..=MAX_FRAME_BYTES).contains(&length) {
+            self.drop_frame();
+            return Ok(None);
         }
-        Ok((used, Pause::UntilTap))
+        self.expected = length.max(self.expected - self.expected / 8);
+        match self.gather(length, room, memory, queue)? {
+            Supply::Enough => {
+                self.hand_over(room, length, inside);
+                queue.add_used_together(memory, &self.frame)?;
+                *used = true;
+                Ok(None)
+            }
+            Supply::Exhausted if self.mergeable => {
+                self.keep(room, length, inside);
+                Ok(Some(Pause::UntilBuffers))
+            }
+            supply => {
+                *used |= supply == Supply::Malformed;
+                self.drop_frame();
+                Ok(None)
+            }
+        }
     }
 
-    /// Takes chains from the queue until the longest frame fits or there are none. True: some were useless, and were
-    /// returned.
+    /// Takes chains from the queue until there is room for `wanted` bytes, in one chain unless they merge.
     fn gather<'m>(
         &mut self,
+        wanted: usize,
         room: &mut Gathered<'m>,
         memory: &'m GuestMemoryMmap,
         queue: &mut QueueRef<'_>,
-    ) -> Result<bool, DeviceError> {
-        let mut used = false;
-        while room.len() < self.wanted() {
+    ) -> Result<Supply, DeviceError> {
+        while room.len() < wanted.max(1) {
+            if !self.mergeable && !room.is_empty() {
+                return Ok(Supply::Exhausted);
+            }
             let Some(chain) = queue.pop(memory)? else {
                 // Only now are new buffers of interest.
                 if queue.enable_notification(memory)? {
                     continue;
                 }
-                break;
+                return Ok(Supply::Exhausted);
             };
             let head = chain.head_index();
             match room.add(chain, HEADER_BYTES) {
@@ -140,36 +208,22 @@ impl Receiver {
                     bytes: share.bytes,
                     slices: share.slices,
                 }),
-                Err(error) if self.chains.is_empty() => {
+                Err(error) => {
                     debug!(%error, "a malformed receive buffer");
+                    room.clear();
+                    for chain in self.chains.drain(..) {
+                        queue.add_used(memory, chain.head, 0)?;
+                    }
                     queue.add_used(memory, head, 0)?;
-                    used = true;
-                }
-                // Those before it first, so that it is known what goes back to the queue.
-                Err(_) => {
-                    queue.unpop();
-                    self.most_offered = room.len();
-                    break;
+                    return Ok(Supply::Malformed);
                 }
             }
         }
-        self.most_offered = self.most_offered.max(room.len());
-        Ok(used)
+        Ok(Supply::Enough)
     }
 
-    /// Bytes of room to gather: for the longest frame, or the next chain if a frame must fit into one.
-    fn wanted(&self) -> usize {
-        if self.mergeable { MAX_FRAME_BYTES } else { 1 }
-    }
-
-    /// Whether to receive a frame into what is gathered. A driver that is about to give more buffers is waited for, as
-    /// a long frame would be lost; one that has never had more in its queue is not.
-    fn enough(&self, room: &Gathered<'_>) -> bool {
-        !room.is_empty() && room.len() >= self.wanted().min(self.most_offered)
-    }
-
-    /// Takes the chains that a frame of `length` bytes is in from the room, and notes them in `frame`.
-    fn hand_over(&mut self, room: &mut Gathered<'_>, length: usize) {
+    /// Completes a frame in the chains at the front of the room, takes them out and notes them in `frame`.
+    fn hand_over(&mut self, room: &mut Gathered<'_>, length: usize, inside: usize) {
         self.frame.clear();
         let mut left = length;
         let mut slices = 0;
@@ -182,13 +236,30 @@ impl Receiver {
             left -= written;
             slices += chain.slices;
         }
-        let mut header = room.take(slices);
-        header.advance(NUM_BUFFERS_AT);
-        let stored = header.write(&(self.frame.len() as u16).to_le_bytes());
-        debug_assert!(stored, "each chain has room for a header");
+        let count = (self.frame.len() as u16).to_le_bytes();
+        let mut data = room.take(slices);
+        let stored = if inside == 0 {
+            self.spill[NUM_BUFFERS_AT..HEADER_BYTES].copy_from_slice(&count);
+            data.write(&self.spill[..length])
+        } else {
+            data.advance(NUM_BUFFERS_AT);
+            let stored = data.write(&count);
+            data.advance(inside - HEADER_BYTES);
+            stored && data.write(&self.spill[inside..length])
+        };
+        debug_assert!(stored, "there is room for all of the frame");
+        self.waiting = 0;
     }
 
-    fn drop_frame(&self) {
+    /// Keeps a frame for which there are too few chains. They go back to the queue.
+    fn keep(&mut self, room: &mut Gathered<'_>, length: usize, inside: usize) {
+        let read = room.take_all().read(&mut self.spill[..inside]);
+        debug_assert!(read, "it was read into the room");
+        self.waiting = length;
+    }
+
+    fn drop_frame(&mut self) {
+        self.waiting = 0;
         self.dropped.fetch_add(1, Ordering::Relaxed);
     }
 }
