@@ -13,8 +13,9 @@ image:               ## what a pod's VM boots: target/guest/{vmlinux,bzImage,ini
 run:                 ## try it: install, build, a daemon, a registry, a first pod
 	scripts/run
 
-test: build          ## unit, property and end-to-end tests (as root)
+test: build          ## unit, property and end-to-end tests (as root), then those of VMs on real KVM
 	cargo test --locked --workspace
+	scripts/test-kvm
 
 lint:                ## formatting, clippy, dependencies, shell scripts
 	scripts/lint

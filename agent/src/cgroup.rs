@@ -15,8 +15,8 @@ use nix::unistd::Pid;
 
 /// Where the hierarchy is mounted. Containers see their own part of it there too.
 pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
-/// Parent of all containers' groups, as libcontainer wants it: from the mount point on.
-pub const CONTAINERS: &str = "/containers";
+/// Parent of all containers' groups, below the mount point.
+const CONTAINERS: &str = "containers";
 /// Prefix of an exec's group.
 const EXEC: &str = "exec-";
 
@@ -36,7 +36,7 @@ pub fn set_up() -> io::Result<()> {
         .map(|controller| format!("+{controller}"))
         .collect();
     let controllers = controllers.join(" ");
-    let containers = root.join(CONTAINERS.trim_start_matches('/'));
+    let containers = root.join(CONTAINERS);
     std::fs::create_dir_all(&containers)?;
     for group in [root, &containers] {
         std::fs::write(group.join("cgroup.subtree_control"), &controllers)?;
@@ -47,7 +47,7 @@ pub fn set_up() -> io::Result<()> {
 impl Cgroup {
     /// The group that all containers are below.
     pub fn all_containers() -> Self {
-        Self(Path::new(MOUNT_POINT).join(CONTAINERS.trim_start_matches('/')))
+        Self(Path::new(MOUNT_POINT).join(CONTAINERS))
     }
 
     /// Makes the group of a container.

@@ -1,15 +1,14 @@
 //! Which devices a container may open or make nodes of: the spec's `linux.resources.devices` as a program
 //! on its control group (BPF_PROG_TYPE_CGROUP_DEVICE, linux/bpf.h). Without it a container's root could
-//! make a node of the pod's disk and read what other containers have there. libcontainer's own needs a C
-//! library.
+//! make a node of the pod's disk and read what other containers have there.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use crate::cgroup::Cgroup;
+use crate::oci::{DeviceKind, DeviceRule};
 
 /// Most rules: far below what the kernel takes as one program.
 const RULE_LIMIT: usize = 1024;
@@ -99,11 +98,11 @@ struct Instruction {
 }
 
 impl DeviceFilter {
-    /// Compiles the rules of a spec; none: everything is allowed.
-    pub fn compile(rules: Option<&[LinuxDeviceCgroup]>) -> Result<Option<Self>, DeviceFilterError> {
-        let Some(rules) = rules.filter(|rules| !rules.is_empty()) else {
+    /// Compiles the rules of a spec; without rules everything is allowed.
+    pub fn compile(rules: &[DeviceRule]) -> Result<Option<Self>, DeviceFilterError> {
+        if rules.is_empty() {
             return Ok(None);
-        };
+        }
         if rules.len() > RULE_LIMIT {
             return Err(DeviceFilterError::TooMany);
         }
@@ -137,7 +136,7 @@ impl DeviceFilter {
     }
 }
 
-fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule, DeviceFilterError> {
+fn parse(rule: &DeviceRule) -> Result<Rule, DeviceFilterError> {
     let number = |number: Option<i64>| match number {
         // -1 is another way to write "any".
         None | Some(-1) => Ok(None),
@@ -147,7 +146,7 @@ fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule, DeviceFilterError> {
             .map(Some)
             .ok_or(DeviceFilterError::Number(number)),
     };
-    let letters = rule.access().as_deref().unwrap_or("rwm");
+    let letters = rule.access.as_deref().unwrap_or("rwm");
     let mut access = 0;
     for letter in letters.chars() {
         access |= match letter {
@@ -158,14 +157,14 @@ fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule, DeviceFilterError> {
         };
     }
     Ok(Rule {
-        allow: rule.allow(),
-        kind: match rule.typ().unwrap_or_default() {
-            LinuxDeviceType::B => Some(BLOCK),
-            LinuxDeviceType::C | LinuxDeviceType::U => Some(CHARACTER),
-            LinuxDeviceType::A | LinuxDeviceType::P => None,
+        allow: rule.allow,
+        kind: match rule.kind {
+            DeviceKind::Block => Some(BLOCK),
+            DeviceKind::Character => Some(CHARACTER),
+            DeviceKind::Any => None,
         },
-        major: number(rule.major())?,
-        minor: number(rule.minor())?,
+        major: number(rule.major)?,
+        minor: number(rule.minor)?,
         access,
     })
 }
@@ -356,8 +355,8 @@ mod tests {
     }
 
     fn parsed(json: &serde_json::Value) -> Result<Option<DeviceFilter>, DeviceFilterError> {
-        let rules: Vec<LinuxDeviceCgroup> = serde_json::from_value(json.clone()).unwrap();
-        DeviceFilter::compile(Some(&rules))
+        let rules: Vec<DeviceRule> = serde_json::from_value(json.clone()).unwrap();
+        DeviceFilter::compile(&rules)
     }
 
     #[test]
@@ -372,8 +371,7 @@ mod tests {
 
     #[test]
     fn rules_that_mean_nothing_are_refused() {
-        assert!(DeviceFilter::compile(None).unwrap().is_none());
-        assert!(DeviceFilter::compile(Some(&[])).unwrap().is_none());
+        assert!(DeviceFilter::compile(&[]).unwrap().is_none());
         for wrong in [
             serde_json::json!([{ "allow": true, "access": "x" }]),
             serde_json::json!([{ "allow": true, "major": -2 }]),

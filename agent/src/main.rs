@@ -4,32 +4,36 @@
 //! what needs `fork` runs in the *launcher*, the same binary executed again, which has no runtime
 //! and no second thread.
 //!
-//! | module         | subject                                                                    |
-//! |----------------|----------------------------------------------------------------------------|
-//! | [`init`]       | what PID 1 does once: mounts, control groups, runtime                      |
-//! | [`server`]     | the connection to the host and the API on it                               |
-//! | [`service`]    | the API's calls, and which gRPC code an error becomes                      |
-//! | [`events`]     | exits and other news, numbered                                             |
-//! | [`reaper`]     | collects every child                                                       |
-//! | [`socket`]     | vsock (and unix) stream sockets                                            |
-//! | [`streams`]    | byte streams from the host, matched to processes by token                  |
-//! | [`relay`]      | bytes between a process and its streams                                    |
-//! | [`stdio`]      | pipes and terminals of one process                                         |
-//! | [`sandbox`]    | what all containers of the pod share                                       |
-//! | [`sysctl`]     | kernel parameters                                                          |
-//! | [`network`]    | interfaces, addresses, routes                                              |
-//! | [`disk`]       | segments of the pod's disk as partitions, layers mounted once              |
-//! | [`rootfs`]     | a container's root: layers under an overlay                                |
-//! | [`fd`]         | file descriptors without blocking                                          |
-//! | [`in_root`]    | files of a container's root, opened without following it outside           |
-//! | [`user`]       | who a process runs as, by the image's own files                            |
-//! | [`spec`]       | fills in what the OCI spec leaves to the guest                             |
-//! | [`cgroup`]     | control groups of containers and execs                                     |
-//! | [`device_filter`] | which devices a container may use                                       |
-//! | [`watch`]      | news from control groups: out of memory, empty                             |
-//! | [`container`]  | the table of containers and their life                                     |
-//! | [`launcher`]   | the re-executed, single-threaded process that forks containers and execs   |
-//! | [`kmsg`]       | log lines, to the kernel's log                                             |
+//! | module            | subject                                                                  |
+//! |-------------------|--------------------------------------------------------------------------|
+//! | [`init`]          | PID 1's life                                                             |
+//! | [`guest`]         | what PID 1 makes of the guest's kernel                                   |
+//! | [`server`]        | the connection to the host and the API on it                             |
+//! | [`service`]       | the API's calls, and which gRPC code an error becomes                    |
+//! | [`events`]        | exits and other news, numbered                                           |
+//! | [`reaper`]        | collects every child                                                     |
+//! | [`socket`]        | vsock (and unix) stream sockets                                          |
+//! | [`streams`]       | byte streams from the host, matched to processes by token                |
+//! | [`relay`]         | bytes between a process and its streams                                  |
+//! | [`stdio`]         | pipes and terminals of one process                                       |
+//! | [`fd`]            | file descriptors without blocking                                        |
+//! | [`sandbox`]       | what all containers of the pod share                                     |
+//! | [`sysctl`]        | kernel parameters                                                        |
+//! | [`network`]       | interfaces, addresses, routes                                            |
+//! | [`disk`]          | segments of the pod's disk as partitions, layers mounted once            |
+//! | [`mount`]         | mounts by file descriptors, mount options                                |
+//! | [`rootfs`]        | a container's root: layers under an overlay                              |
+//! | [`in_root`]       | files of a container's root, opened without following it outside         |
+//! | [`user`]          | who a process runs as, by the image's own files                          |
+//! | [`oci`]           | the OCI runtime spec, as far as the agent carries it out                 |
+//! | [`spec`]          | fills in what the OCI spec leaves to the guest                           |
+//! | [`cgroup`]        | control groups of containers and execs                                   |
+//! | [`resources`]     | limits of a container                                                    |
+//! | [`device_filter`] | which devices a container may use                                        |
+//! | [`watch`]         | news from control groups: out of memory, empty                           |
+//! | [`container`]     | the table of containers and their life                                   |
+//! | [`launcher`]      | the re-executed, single-threaded process that forks containers and execs |
+//! | [`kmsg`]          | log lines, to the kernel's log                                           |
 // The guest's initramfs has no /dev/null, and Rust's own start-up aborts when it cannot open it for a
 // missing stdin. So `main` is C's.
 #![cfg_attr(not(test), no_main)]
@@ -40,13 +44,17 @@ mod device_filter;
 mod disk;
 mod events;
 mod fd;
+mod guest;
 mod in_root;
 mod init;
 mod kmsg;
 mod launcher;
+mod mount;
 mod network;
+mod oci;
 mod reaper;
 mod relay;
+mod resources;
 mod rootfs;
 mod sandbox;
 mod server;

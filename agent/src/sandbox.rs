@@ -108,7 +108,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Applies `request`. The same request again only sets the clock. Blocks for the time of a mount.
+    /// Applies `request`. The same request again only sets the clock. Blocks for the time of a mount, and
+    /// leaves the calling thread in the pod's namespaces: it should end then.
     pub fn configure(
         &mut self,
         mut request: ConfigureSandboxRequest,
@@ -188,26 +189,21 @@ fn mount_shm(bytes: u64) -> Result<(), SandboxError> {
     .map_err(kernel("mounting the pod's /dev/shm"))
 }
 
-/// Makes the ipc and uts namespaces that the pod's containers share, with host name and sysctls, in a
-/// thread that ends when they are kept by mounts.
+/// Makes the ipc and uts namespaces that the pod's containers share, with host name and sysctls. They are
+/// the calling thread's from then on, and kept by mounts when it ends.
 fn share_namespaces(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
-    let work = || {
-        unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
-            .map_err(kernel("making the pod's ipc and uts namespaces"))?;
-        nix::unistd::sethostname(&request.hostname).map_err(kernel("setting the host name"))?;
-        // From here, those of the ipc namespace are the pod's; all others are the guest's anyway.
-        for (name, value) in &request.sysctls {
-            sysctl::set(name, value)?;
-        }
-        for name in ["ipc", "uts"] {
-            keep_namespace(Path::new("/proc/thread-self/ns"), name)
-                .map_err(kernel("keeping the pod's namespaces"))?;
-        }
-        Ok(())
-    };
-    std::thread::scope(|scope| scope.spawn(work).join())
-        // A panic has ended the guest by then.
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
+        .map_err(kernel("making the pod's ipc and uts namespaces"))?;
+    nix::unistd::sethostname(&request.hostname).map_err(kernel("setting the host name"))?;
+    // From here, those of the ipc namespace are the pod's; all others are the guest's anyway.
+    for (name, value) in &request.sysctls {
+        sysctl::set(name, value)?;
+    }
+    for name in ["ipc", "uts"] {
+        keep_namespace(Path::new("/proc/thread-self/ns"), name)
+            .map_err(kernel("keeping the pod's namespaces"))?;
+    }
+    Ok(())
 }
 
 /// Keeps the namespace `name` of the directory `of` (a /proc/PID/ns) alive by a mount.

@@ -259,7 +259,7 @@ fn container_code(error: &ContainerError) -> Code {
         | ContainerError::Sandbox(SandboxError::Disk(DiskError::Full)) => Code::ResourceExhausted,
         ContainerError::Stream(StreamError::Missing)
         | ContainerError::Launch(LaunchError::Deadline) => Code::DeadlineExceeded,
-        ContainerError::Task(_) => Code::Unavailable,
+        ContainerError::ShuttingDown => Code::Unavailable,
         ContainerError::User(UserError::Read(_))
         | ContainerError::Sandbox(SandboxError::Disk(_) | SandboxError::Kernel { .. })
         | ContainerError::Disk(_)

@@ -1,17 +1,12 @@
 //! Completes the OCI runtime spec that came from the host: root, user, namespaces, control group, and
-//! the pod's own files. The result is what libcontainer runs.
+//! the pod's own files. The result is what the launcher runs.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{
-    LinuxNamespaceType, LinuxSeccomp, Mount, MountBuilder, Process, Root, RootBuilder, Spec,
-    UserBuilder,
-};
 use podvisor_proto::agent::ResolvedUser;
 
-use crate::cgroup;
 use crate::device_filter::{DeviceFilter, DeviceFilterError};
+use crate::oci::{Mount, Namespace, NamespaceKind, Process, Root, Spec, User};
 use crate::sandbox::files;
 use crate::user::Account;
 
@@ -28,32 +23,25 @@ pub enum SpecError {
     /// See [`LIMIT`].
     #[error("the spec has {0} bytes, more than {LIMIT}")]
     TooLarge(usize),
-    /// Not a spec.
-    #[error("the spec is not an OCI runtime spec: {0}")]
+    /// Not a spec, or one that asks for what the guest does not do.
+    #[error("the spec is not one that can be run: {0}")]
     Parse(#[from] serde_json::Error),
     /// A required part.
     #[error("the spec has no {0}")]
     Missing(&'static str),
     /// The host decides what is shared, the guest where it is.
-    #[error("namespace {0} has a path that is not \"{POD}\"")]
-    NamespacePath(LinuxNamespaceType),
+    #[error("namespace {} has a path that is not \"{POD}\"", .0.file_name())]
+    NamespacePath(NamespaceKind),
     /// Not shared between containers.
-    #[error("namespace {0} cannot be the pod's")]
-    NotShared(LinuxNamespaceType),
+    #[error("namespace {} cannot be the pod's", .0.file_name())]
+    NotShared(NamespaceKind),
     /// See [`DeviceFilterError`].
     #[error(transparent)]
     Devices(#[from] DeviceFilterError),
-    /// A part that cannot be built again from itself.
-    #[error("the spec is inconsistent: {0}")]
-    Inconsistent(#[from] oci_spec::OciSpecError),
 }
 
 /// A spec from the host, looked at.
-pub struct ContainerSpec {
-    spec: Spec,
-    /// Types whose path is [`POD`].
-    shared: HashSet<LinuxNamespaceType>,
-}
+pub struct ContainerSpec(Spec);
 
 impl ContainerSpec {
     /// Parses and checks.
@@ -62,179 +50,117 @@ impl ContainerSpec {
             return Err(SpecError::TooLarge(bytes.len()));
         }
         let spec: Spec = serde_json::from_slice(bytes)?;
-        let process = spec
-            .process()
-            .as_ref()
-            .ok_or(SpecError::Missing("process"))?;
-        if process.args().as_ref().is_none_or(Vec::is_empty) {
+        if spec.process.args.is_empty() {
             return Err(SpecError::Missing("process.args"));
         }
-        let linux = spec.linux().as_ref().ok_or(SpecError::Missing("linux"))?;
-        let namespaces = linux.namespaces().as_deref().unwrap_or_default();
-        let mut shared = HashSet::new();
-        for namespace in namespaces {
-            match namespace.path() {
-                None => {}
-                Some(path) if path == Path::new(POD) => {
-                    if !matches!(
-                        namespace.typ(),
-                        LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts | LinuxNamespaceType::Pid
-                    ) {
-                        return Err(SpecError::NotShared(namespace.typ()));
-                    }
-                    shared.insert(namespace.typ());
+        let namespaces = &spec.linux.namespaces;
+        for Namespace { kind, path } in namespaces {
+            let can_be_shared = matches!(
+                kind,
+                NamespaceKind::Ipc | NamespaceKind::Uts | NamespaceKind::Pid
+            );
+            match path {
+                Some(path) if path != Path::new(POD) => {
+                    return Err(SpecError::NamespacePath(*kind));
                 }
-                Some(_) => return Err(SpecError::NamespacePath(namespace.typ())),
+                Some(_) if !can_be_shared => return Err(SpecError::NotShared(*kind)),
+                None | Some(_) => {}
             }
         }
         // Without these two, the container would be in the agent's own.
-        for (kind, name) in [
-            (LinuxNamespaceType::Mount, "mount namespace"),
-            (LinuxNamespaceType::Pid, "pid namespace"),
+        for (required, name) in [
+            (NamespaceKind::Mount, "mount namespace"),
+            (NamespaceKind::Pid, "pid namespace"),
         ] {
-            if !namespaces.iter().any(|namespace| namespace.typ() == kind) {
+            if !namespaces
+                .iter()
+                .any(|namespace| namespace.kind == required)
+            {
                 return Err(SpecError::Missing(name));
             }
         }
-        Ok(Self { spec, shared })
+        Ok(Self(spec))
     }
 
-    /// Whether the container shares the pod's namespace of this type.
-    pub fn shares(&self, kind: LinuxNamespaceType) -> bool {
-        self.shared.contains(&kind)
+    /// Whether the container shares the pod's namespace of this kind.
+    pub fn shares(&self, kind: NamespaceKind) -> bool {
+        let namespaces = &self.0.linux.namespaces;
+        namespaces
+            .iter()
+            .any(|namespace| namespace.kind == kind && namespace.path.is_some())
     }
 
     /// Where the process starts.
     pub fn cwd(&self) -> &Path {
-        // `parse` has seen the process.
-        self.spec
-            .process()
-            .as_ref()
-            .map_or(Path::new("/"), |process| process.cwd().as_path())
+        &self.0.process.cwd
     }
 
     /// Fills in what is the guest's to say.
     pub fn complete(
         mut self,
-        id: &str,
         rootfs: &Path,
         account: &Account,
         hostname: &str,
     ) -> Result<CompleteSpec, SpecError> {
-        let read_only = self.spec.root().as_ref().and_then(Root::readonly);
-        self.spec.set_root(Some(
-            RootBuilder::default()
-                .path(rootfs)
-                .readonly(read_only.unwrap_or(false))
-                .build()?,
-        ));
+        let devices = DeviceFilter::compile(&self.0.linux.resources.devices)?;
+        let shares_ipc = self.shares(NamespaceKind::Ipc);
+        let spec = &mut self.0;
+        spec.root = Root {
+            path: rootfs.to_owned(),
+            readonly: spec.root.readonly,
+        };
         // In a uts namespace of its own a container still has the pod's name.
-        self.spec.set_hostname(Some(hostname.to_owned()));
-        let own_files = pod_mounts(&self, read_only.unwrap_or(false))?;
-        let mut mounts = self.spec.mounts().clone().unwrap_or_default();
-        if self.shares(LinuxNamespaceType::Ipc) {
+        hostname.clone_into(&mut spec.hostname);
+        let own_files = pod_mounts(&spec.mounts, shares_ipc, spec.root.readonly);
+        if shares_ipc {
             // It comes with the ipc namespace (shm_open(3) and shmget(2) are one family).
-            mounts.retain(|mount| mount.destination() != Path::new("/dev/shm"));
+            spec.mounts
+                .retain(|mount| mount.destination != Path::new("/dev/shm"));
         }
-        mounts.extend(own_files);
-        self.spec.set_mounts(Some(mounts));
-
-        let mut process = self
-            .spec
-            .process()
-            .clone()
-            .ok_or(SpecError::Missing("process"))?;
-        complete_process(&mut process, account)?;
-        self.spec.set_process(Some(process.clone()));
-
-        let mut linux = self
-            .spec
-            .linux()
-            .clone()
-            .ok_or(SpecError::Missing("linux"))?;
-        linux.set_cgroups_path(Some(PathBuf::from(cgroup::CONTAINERS).join(id)));
-        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-        for namespace in &mut namespaces {
-            if self.shared.contains(&namespace.typ()) {
-                let name = namespace.typ().to_string();
-                namespace.set_path(Some(files::namespace(&name)));
+        spec.mounts.extend(own_files);
+        complete_process(&mut spec.process, account);
+        for namespace in &mut spec.linux.namespaces {
+            if namespace.path.is_some() {
+                namespace.path = Some(files::namespace(namespace.kind.file_name()));
             }
         }
-        linux.set_namespaces(Some(namespaces));
-        let devices = linux
-            .resources()
-            .as_ref()
-            .and_then(|resources| resources.devices().as_deref());
-        let devices = DeviceFilter::compile(devices)?;
-        let seccomp = linux.seccomp().clone();
-        self.spec.set_linux(Some(linux));
         Ok(CompleteSpec {
-            spec: self.spec,
-            process,
-            seccomp,
+            spec: self.0,
             devices,
         })
     }
 }
 
-/// A spec that can run, and the parts of it that an exec takes over.
+/// A spec that can run.
 pub struct CompleteSpec {
-    /// For libcontainer.
+    /// For the launcher.
     pub spec: Spec,
-    /// Template of each exec's process.
-    pub process: Process,
-    /// Filter of each exec.
-    pub seccomp: Option<LinuxSeccomp>,
     /// What devices the container may use, if that is restricted.
     pub devices: Option<DeviceFilter>,
 }
 
-fn complete_process(process: &mut Process, account: &Account) -> Result<(), SpecError> {
+fn complete_process(process: &mut Process, account: &Account) {
     let ResolvedUser {
         uid,
         gid,
         supplemental_groups,
     } = &account.ids;
-    let mut user = UserBuilder::default()
-        .uid(*uid)
-        .gid(*gid)
-        .additional_gids(supplemental_groups.clone())
-        .build()?;
-    user.set_umask(process.user().umask());
-    process.set_user(user);
-
-    let mut environment = process.env().clone().unwrap_or_default();
-    let has = |environment: &[String], name: &str| {
-        environment
-            .iter()
-            .any(|entry| entry.split_once('=').is_some_and(|(key, _)| key == name))
+    process.user = User {
+        uid: *uid,
+        gid: *gid,
+        umask: process.user.umask,
+        additional_gids: supplemental_groups.clone(),
     };
-    if !has(&environment, "PATH") {
-        environment.push(format!("PATH={DEFAULT_PATH}"));
+    for (name, value) in [("PATH", DEFAULT_PATH), ("HOME", &account.home)] {
+        let is_set = |entry: &String| entry.split_once('=').is_some_and(|(key, _)| key == name);
+        if !process.env.iter().any(is_set) {
+            process.env.push(format!("{name}={value}"));
+        }
     }
-    // Also so that libcontainer does not look it up itself: getpwuid(3) in the container's root would
-    // load the image's NSS modules into a privileged process.
-    if !has(&environment, "HOME") {
-        environment.push(format!("HOME={}", account.home));
-    }
-    process.set_env(Some(environment));
-    // libcontainer takes "false" for "set", and would then load the seccomp filter too late, without
-    // the privilege to do so.
-    if process.no_new_privileges() == Some(false) {
-        process.set_no_new_privileges(None);
-    }
-    Ok(())
 }
 
 /// Bind mounts of the pod's files, where the spec does not bring its own.
-fn pod_mounts(container: &ContainerSpec, read_only: bool) -> Result<Vec<Mount>, SpecError> {
-    let present: HashSet<&Path> = container
-        .spec
-        .mounts()
-        .iter()
-        .flatten()
-        .map(|mount| mount.destination().as_path())
-        .collect();
+fn pod_mounts(present: &[Mount], shares_ipc: bool, read_only: bool) -> Vec<Mount> {
     let access = if read_only { "ro" } else { "rw" };
     let mut mounts = Vec::new();
     for (destination, source) in [
@@ -242,29 +168,27 @@ fn pod_mounts(container: &ContainerSpec, read_only: bool) -> Result<Vec<Mount>, 
         ("/etc/hosts", files::hosts()),
         ("/etc/resolv.conf", files::resolv_conf()),
     ] {
-        if !present.contains(Path::new(destination)) {
-            mounts.push(bind(destination, source, &["rbind", "rprivate", access])?);
+        if !present
+            .iter()
+            .any(|mount| mount.destination == Path::new(destination))
+        {
+            mounts.push(bind(destination, source, &["rbind", "rprivate", access]));
         }
     }
-    if container.shares(LinuxNamespaceType::Ipc) {
+    if shares_ipc {
         let options = ["rbind", "rprivate", "nosuid", "nodev", "noexec"];
-        mounts.push(bind("/dev/shm", files::shm(), &options)?);
+        mounts.push(bind("/dev/shm", files::shm(), &options));
     }
-    Ok(mounts)
+    mounts
 }
 
-fn bind(destination: &str, source: PathBuf, options: &[&str]) -> Result<Mount, SpecError> {
-    Ok(MountBuilder::default()
-        .destination(destination)
-        .typ("bind")
-        .source(source)
-        .options(
-            options
-                .iter()
-                .map(|option| (*option).to_owned())
-                .collect::<Vec<_>>(),
-        )
-        .build()?)
+fn bind(destination: &str, source: PathBuf, options: &[&str]) -> Mount {
+    Mount {
+        destination: destination.into(),
+        kind: "bind".to_owned(),
+        source: Some(source),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
+    }
 }
 
 #[cfg(test)]
@@ -276,7 +200,7 @@ mod tests {
         json!({
             "ociVersion": "1.2.0",
             "process": { "args": ["sh"], "env": ["A=b"], "cwd": "/work",
-                "user": { "uid": 0, "gid": 0 }, "noNewPrivileges": false },
+                "user": { "uid": 0, "gid": 0 } },
             "root": { "path": "", "readonly": true },
             "mounts": [
                 { "destination": "/dev/shm", "type": "tmpfs", "source": "shm" },
@@ -309,49 +233,40 @@ mod tests {
         let container = parse(&sample()).unwrap();
         assert_eq!(container.cwd(), Path::new("/work"));
         let complete = container
-            .complete("c1", Path::new("/r"), &account(), "pod-1")
+            .complete(Path::new("/r"), &account(), "pod-1")
             .unwrap();
         let spec = complete.spec;
-        let root = spec.root().as_ref().unwrap();
-        assert_eq!(root.path(), Path::new("/r"));
-        assert_eq!(root.readonly(), Some(true));
-        assert_eq!(spec.hostname().as_deref(), Some("pod-1"));
-        let process = spec.process().as_ref().unwrap();
-        assert_eq!((process.user().uid(), process.user().gid()), (33, 34));
-        assert_eq!(process.no_new_privileges(), None);
-        let environment = process.env().as_ref().unwrap();
+        assert_eq!(spec.root.path, Path::new("/r"));
+        assert!(spec.root.readonly);
+        assert_eq!(spec.hostname, "pod-1");
+        assert_eq!((spec.process.user.uid, spec.process.user.gid), (33, 34));
+        let environment = &spec.process.env;
         assert!(environment.contains(&"HOME=/var/www".to_owned()));
         assert!(environment.contains(&format!("PATH={DEFAULT_PATH}")));
-        let linux = spec.linux().as_ref().unwrap();
-        assert_eq!(
-            linux.cgroups_path().as_deref(),
-            Some(Path::new("/containers/c1"))
-        );
         let path = |kind| {
-            let namespaces = linux.namespaces().as_ref().unwrap();
-            namespaces
-                .iter()
-                .find(|n| n.typ() == kind)
-                .unwrap()
-                .path()
-                .clone()
+            let mut namespaces = spec.linux.namespaces.iter();
+            namespaces.find(|n| n.kind == kind).unwrap().path.clone()
         };
-        assert_eq!(path(LinuxNamespaceType::Ipc), Some(files::namespace("ipc")));
-        assert_eq!(path(LinuxNamespaceType::Uts), None);
+        assert_eq!(path(NamespaceKind::Ipc), Some(files::namespace("ipc")));
+        assert_eq!(path(NamespaceKind::Uts), None);
+        // What is written for the launcher is what it reads.
+        let text = serde_json::to_string(&spec).unwrap();
+        let again: Spec = serde_json::from_str(&text).unwrap();
+        assert_eq!(serde_json::to_string(&again).unwrap(), text);
     }
 
     #[test]
     fn the_pods_files_are_bound_unless_the_spec_brings_its_own() {
         let complete = parse(&sample())
             .unwrap()
-            .complete("c1", Path::new("/r"), &account(), "pod-1")
+            .complete(Path::new("/r"), &account(), "pod-1")
             .unwrap();
-        let mounts = complete.spec.mounts().clone().unwrap();
+        let mounts = complete.spec.mounts;
         let sources = |destination: &str| {
             mounts
                 .iter()
-                .filter(|mount| mount.destination() == Path::new(destination))
-                .map(|mount| mount.source().clone().unwrap())
+                .filter(|mount| mount.destination == Path::new(destination))
+                .map(|mount| mount.source.clone().unwrap())
                 .collect::<Vec<_>>()
         };
         assert_eq!(sources("/etc/hosts"), [Path::new("/x")]);
@@ -386,6 +301,10 @@ mod tests {
         );
         assert!(with("/process/args", json!([])).is_some());
         assert!(parse(&json!({"ociVersion": "1.2.0"})).is_err());
+        // Not something to be ignored.
+        let mut mapped = sample();
+        mapped["linux"]["uidMappings"] = json!([]);
+        assert!(parse(&mapped).is_err());
         assert!(ContainerSpec::parse(b"{").is_err());
         assert!(ContainerSpec::parse(&vec![b' '; LIMIT + 1]).is_err());
     }

@@ -51,6 +51,63 @@ async fn a_container_runs_as_its_spec_says() {
 }
 
 #[tokio::test]
+async fn a_container_sees_what_its_spec_lets_it_see() {
+    let mut guest = local::start().await;
+    let script = "ls -l /dev | grep -c '^c'; ls /dev/fd/0; cat /dev/zero | head -c 2 | wc -c; \
+        echo gone > /dev/null; wc -c < /proc/version; ls /proc/irq | wc -l; ls /proc/bus | wc -l; \
+        echo x > /etc/x; echo x > /proc/bus/x; stat -c '%a %t,%T %u' /dev/own/fuse; cat /data/file; \
+        echo y > /data/file; grep -c ' /proc/irq tmpfs ro' /proc/mounts; ls -l /proc/self/fd/0";
+    let mut narrow = spec(&["sh", "-c", script]);
+    narrow["root"]["readonly"] = json!(true);
+    narrow["linux"]["maskedPaths"] = json!([
+        "/proc/version",
+        "/proc/irq",
+        "/proc/bus",
+        "/proc/no-such-file"
+    ]);
+    narrow["linux"]["devices"] = json!([
+        { "path": "/dev/own/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o640, "uid": 33 }
+    ]);
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("file"), "from outside\n").unwrap();
+    narrow["mounts"].as_array_mut().unwrap().push(json!(
+        { "destination": "/tmp/../data", "type": "none", "source": directory.path(), "options": ["bind", "ro"] }
+    ));
+    let refused = guest.create("c0", &narrow, "").await;
+    assert!(refused.is_ok());
+    let error = guest.start_quietly("c0").await.unwrap_err();
+    assert!(error.message().contains("mounting /tmp/../data"), "{error}");
+    guest.remove("c0").await;
+
+    let mounts = narrow["mounts"].as_array_mut().unwrap();
+    mounts.last_mut().unwrap()["destination"] = json!("/data");
+    let (out, err, _) = guest.run("c1", &narrow, "").await;
+    // Six devices and a directory of its own, tty and ptmx among the links.
+    assert_eq!(
+        out.lines().collect::<Vec<_>>()[..9],
+        [
+            "6",
+            "/dev/fd/0",
+            "2",
+            "0",
+            "0",
+            "0",
+            "640 a,e5 33",
+            "from outside",
+            "1"
+        ],
+        "{out}\n{err}"
+    );
+    assert!(out.contains("/dev/null"), "{out}");
+    for path in ["/etc/x", "/proc/bus/x", "/data/file"] {
+        assert!(
+            err.contains(&format!("can't create {path}: Read-only file system")),
+            "{path}: {err}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn users_come_from_the_image_and_may_open_their_streams() {
     let mut guest = local::start().await;
     let script = "id; echo again > /dev/stdout; echo $HOME";

@@ -5,19 +5,18 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use oci_spec::runtime::LinuxNamespaceType;
 use podvisor_proto::agent::{CreateContainerRequest, ResolvedUser, Segment, User};
 
 use super::{
-    Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, State, bundle, check_id,
-    fingerprint, kernel, lock,
+    Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, SPEC, State, bundle,
+    check_id, fingerprint, kernel, lock,
 };
 use crate::disk::Range;
 use crate::in_root::Root;
-use crate::launcher::LIBCONTAINER_STATE;
+use crate::oci::NamespaceKind;
 use crate::rootfs::Rootfs;
 use crate::sandbox::files;
-use crate::spec::ContainerSpec;
+use crate::spec::{CompleteSpec, ContainerSpec};
 use crate::user;
 
 /// From `cgroup.kill` to the end of a container's last process.
@@ -152,13 +151,13 @@ fn write_bundle(
     fingerprint: u64,
     rootfs: &Rootfs,
 ) -> Result<Container, ContainerError> {
-    let root = Root::open(rootfs.path()).map_err(kernel("opening the root file system"))?;
+    let root = Root::new(rootfs.path()).map_err(kernel("opening the root file system"))?;
     let account = user::resolve(&root, request.user.as_ref().unwrap_or(&User::default()))?;
     // As other runtimes do: a working directory that the image lacks is made.
-    root.create_directories(spec.cwd())
+    root.directory(spec.cwd())
         .map_err(kernel("making the working directory"))?;
-    let pod_pids = spec.shares(LinuxNamespaceType::Pid);
-    let complete = spec.complete(&request.id, rootfs.path(), &account, hostname)?;
+    let pod_pids = spec.shares(NamespaceKind::Pid);
+    let CompleteSpec { spec, devices } = spec.complete(rootfs.path(), &account, hostname)?;
 
     let bundle = bundle(&request.id);
     let write = |name: &str, content: serde_json::Result<Vec<u8>>| {
@@ -169,8 +168,9 @@ fn write_bundle(
             .map(|()| path)
             .map_err(kernel("writing the bundle"))
     };
-    write("config.json", serde_json::to_vec(&complete.spec))?;
-    let seccomp = complete
+    write(SPEC, serde_json::to_vec(&spec))?;
+    let seccomp = spec
+        .linux
         .seccomp
         .map(|seccomp| write("seccomp.json", serde_json::to_vec(&seccomp)))
         .transpose()?;
@@ -180,9 +180,9 @@ fn write_bundle(
         user: account.ids,
         bundle,
         pod_pids,
-        process: complete.process,
+        process: spec.process,
         seccomp,
-        devices: complete.devices,
+        devices,
         turn: tokio::sync::Mutex::default(),
         state: State::Created.into(),
         execs: Execs::default().into(),
@@ -199,13 +199,10 @@ fn disassemble(assembly: &mut Assembly, container: &Container) -> io::Result<Vec
 fn clean_up(id: &str) -> io::Result<()> {
     let bundle = bundle(id);
     Rootfs::new(bundle.join("rootfs"), files::scratch().join(id)).remove()?;
-    for directory in [bundle, std::path::Path::new(LIBCONTAINER_STATE).join(id)] {
-        match fs::remove_dir_all(directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+    match fs::remove_dir_all(bundle) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]

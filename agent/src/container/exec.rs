@@ -4,7 +4,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::signal::Signal;
-use oci_spec::runtime::Process;
 use podvisor_proto::agent::ExecRequest;
 use tokio::sync::oneshot;
 
@@ -14,6 +13,7 @@ use super::{
 };
 use crate::cgroup::Cgroup;
 use crate::launcher::{ExecRequest as LaunchRequest, Launched, Request};
+use crate::oci::Process;
 use crate::reaper::Exit;
 use crate::stdio::{self, Wiring};
 
@@ -139,15 +139,13 @@ impl Container {
     /// The process of an exec: the container's own, with what the request changes.
     fn exec_process(&self, request: &ExecRequest) -> Process {
         let mut process = self.process.clone();
-        process.set_args(Some(request.args.clone()));
-        process.set_terminal(Some(
-            request.stdio.as_ref().is_some_and(|stdio| stdio.terminal),
-        ));
+        process.args.clone_from(&request.args);
+        process.terminal = request.stdio.as_ref().is_some_and(|stdio| stdio.terminal);
         if !request.env.is_empty() {
-            process.set_env(Some(request.env.clone()));
+            process.env.clone_from(&request.env);
         }
         if !request.cwd.is_empty() {
-            process.set_cwd(request.cwd.clone().into());
+            process.cwd = request.cwd.clone().into();
         }
         process
     }

@@ -23,9 +23,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
 
 use nix::sys::signal::Signal;
-use oci_spec::runtime::Process;
 use podvisor_proto::agent::{ConfigureSandboxRequest, ResolvedUser, Stdio};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinError;
 
 use crate::cgroup::Cgroup;
@@ -33,6 +32,7 @@ use crate::device_filter::DeviceFilter;
 use crate::disk::{Disk, DiskError};
 use crate::events::Events;
 use crate::launcher::{LaunchError, Launcher};
+use crate::oci::Process;
 use crate::reaper::Reaper;
 use crate::rootfs::RootfsError;
 use crate::sandbox::{Sandbox, SandboxError};
@@ -106,9 +106,9 @@ pub enum ContainerError {
         /// The kernel's reason.
         source: io::Error,
     },
-    /// A task of the agent's own was cancelled: the runtime ends.
+    /// Work of the agent's own was cancelled.
     #[error("the agent is shutting down")]
-    Task(#[from] JoinError),
+    ShuttingDown,
 }
 
 /// Wraps a failure with what was tried.
@@ -116,6 +116,12 @@ fn kernel<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Contain
     move |error| ContainerError::Kernel {
         action,
         source: error.into(),
+    }
+}
+
+impl From<JoinError> for ContainerError {
+    fn from(_: JoinError) -> Self {
+        Self::ShuttingDown
     }
 }
 
@@ -147,6 +153,8 @@ struct Shared {
     /// Whether the pid namespace that containers share is there.
     pid_namespace: tokio::sync::Mutex<bool>,
     launcher: Launcher,
+    /// Whether the sandbox is configured.
+    configured: watch::Sender<bool>,
     /// Whether containers can be started.
     prepared: watch::Sender<bool>,
     reaper: Reaper,
@@ -236,6 +244,7 @@ impl Pod {
             })),
             pid_namespace: tokio::sync::Mutex::default(),
             launcher: Launcher::default(),
+            configured: watch::Sender::new(false),
             prepared: watch::Sender::new(false),
             reaper,
             streams,
@@ -262,11 +271,27 @@ impl Pod {
         request: ConfigureSandboxRequest,
     ) -> Result<(), ContainerError> {
         let mut assembly = Arc::clone(&self.0.assembly).lock_owned().await;
-        let configured = tokio::task::spawn_blocking(move || {
+        let (sender, configured) = oneshot::channel();
+        let work = move || {
             let Assembly { disk, sandbox } = &mut *assembly;
-            sandbox.configure(request, disk)
-        });
-        Ok(configured.await??)
+            // The receiver is there as long as the call, which runs to its end.
+            let _ = sender.send(sandbox.configure(request, disk));
+        };
+        // A thread of its own: its namespaces become the pod's.
+        std::thread::Builder::new()
+            .name("sandbox".to_owned())
+            .spawn(work)
+            .map_err(kernel("starting a thread"))?;
+        configured
+            .await
+            .map_err(|_| ContainerError::ShuttingDown)??;
+        self.0.configured.send_replace(true);
+        Ok(())
+    }
+
+    /// Ends when the sandbox is configured.
+    pub async fn configured(&self) {
+        wait_for(&self.0.configured).await;
     }
 
     fn find(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
@@ -312,6 +337,12 @@ impl Execs {
     }
 }
 
+/// Ends when the value is true.
+async fn wait_for(flag: &watch::Sender<bool>) {
+    // An error says that the sender is gone, which the reference excludes.
+    let _ = flag.subscribe().wait_for(|set| *set).await;
+}
+
 /// A mutex whose holder panicked: the agent is gone then.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -338,6 +369,9 @@ fn check_id(id: &str) -> Result<(), ContainerError> {
         Err(ContainerError::Id(id.to_owned()))
     }
 }
+
+/// Of a bundle: the spec.
+const SPEC: &str = "config.json";
 
 /// Directory of one container's bundle.
 fn bundle(id: &str) -> PathBuf {

@@ -1,6 +1,6 @@
 //! Start, and what happens when a container's first process ends.
 
-use std::fs;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use std::time::Duration;
 use podvisor_proto::agent::{StartContainerRequest, Stdio};
 use tokio::sync::oneshot;
 
-use super::{Container, ContainerError, Pod, Started, State, kernel, open_pidfd};
+use super::{Container, ContainerError, Pod, SPEC, Started, State, kernel, open_pidfd, wait_for};
 use crate::cgroup::Cgroup;
 use crate::fd::null;
 use crate::kmsg;
-use crate::launcher::{CreateRequest, LIBCONTAINER_STATE, Launched, Request};
+use crate::launcher::{CreateRequest, Launched, Request};
 use crate::reaper::Exit;
 use crate::stdio::{self, Wiring};
 use crate::watch::MemoryWatch;
@@ -32,7 +32,7 @@ impl Pod {
             State::Started(_) => return Err(container.wrong_state("is started already")),
             State::Removing => return Err(container.wrong_state("is being removed")),
         }
-        if stdio.terminal != container.process.terminal().unwrap_or(false) {
+        if stdio.terminal != container.process.terminal {
             return Err(ContainerError::Invalid(
                 "spec and standard streams disagree about a terminal".to_owned(),
             ));
@@ -41,8 +41,7 @@ impl Pod {
         let wiring = claimed
             .connect(container.user.uid, container.user.gid)
             .map_err(kernel("making the standard streams"))?;
-        // The sender is ours, so this ends only with what it waits for.
-        let _ = self.0.prepared.subscribe().wait_for(|ready| *ready).await;
+        wait_for(&self.0.prepared).await;
         if container.pod_pids {
             self.ensure_pid_namespace().await?;
         }
@@ -66,7 +65,12 @@ impl Pod {
             }
             Err(error) => {
                 let id = container.id.clone();
-                tokio::task::spawn_blocking(move || undo_start(&id, &cgroup)).await?;
+                tokio::task::spawn_blocking(move || {
+                    if let Err(error) = cgroup.destroy(KILL_DEADLINE) {
+                        kmsg::error!("cannot remove the control group of container {id}: {error}");
+                    }
+                })
+                .await?;
                 self.0.watch.forget(&memory);
                 Err(error)
             }
@@ -85,13 +89,16 @@ impl Pod {
             process_side,
             relays,
         } = wiring;
+        let directory = cgroup.open().map_err(kernel("opening the control group"))?;
         let request = Request::Create(CreateRequest {
-            id: container.id.clone(),
-            bundle: container.bundle.clone(),
-            terminal: stdio.terminal,
+            spec: container.bundle.join(SPEC),
         });
         let expectation = self.0.reaper.expect();
-        let Launched { pid, console } = self.0.launcher.launch(&request, process_side, &[]).await?;
+        let Launched { pid, console } = self
+            .0
+            .launcher
+            .launch(&request, process_side, &[directory.as_fd()])
+            .await?;
         let exit = expectation.claim(pid);
         let relays = relays
             .begin(console)
@@ -140,12 +147,4 @@ impl Pod {
         *present = true;
         Ok(())
     }
-}
-
-/// Ends what a failed start may have left. Blocks.
-fn undo_start(id: &str, cgroup: &Cgroup) {
-    if let Err(error) = cgroup.destroy(KILL_DEADLINE) {
-        kmsg::error!("cannot remove the control group of container {id}: {error}");
-    }
-    let _ = fs::remove_dir_all(Path::new(LIBCONTAINER_STATE).join(id));
 }

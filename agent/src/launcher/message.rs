@@ -5,8 +5,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
+
+use crate::oci::Process;
 
 /// Longest report, in bytes.
 pub const REPORT_LIMIT: usize = 8192;
@@ -16,7 +17,7 @@ const TEXT_LIMIT: usize = 1024;
 /// What is to be launched.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// A container's first process.
+    /// A container's first process. Besides: its control group's directory.
     Create(CreateRequest),
     /// One more process in a container. Besides: its control group's directory, a pidfd of the
     /// container's first process.
@@ -28,12 +29,8 @@ pub enum Request {
 /// See [`Request::Create`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CreateRequest {
-    /// Container.
-    pub id: String,
-    /// Directory with the spec.
-    pub bundle: PathBuf,
-    /// Whether the spec asks for a terminal.
-    pub terminal: bool,
+    /// File with the spec.
+    pub spec: PathBuf,
 }
 
 /// See [`Request::Exec`].

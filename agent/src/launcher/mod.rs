@@ -7,12 +7,16 @@
 //! them. They report over a socket of the request's own, until its last holder closes it: the helper by
 //! ending, the process by executing its program.
 
+mod capabilities;
 mod create;
 mod exec;
 mod executable;
 mod message;
 mod pause;
 pub mod process;
+mod program;
+mod seccomp;
+mod view;
 
 use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -34,7 +38,6 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
 use crate::fd::{register, set_nonblocking};
-pub use create::STATE as LIBCONTAINER_STATE;
 pub use message::{CreateRequest, ExecRequest, FailureKind, Request};
 use message::{REPORT_LIMIT, Report};
 

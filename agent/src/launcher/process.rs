@@ -1,7 +1,7 @@
 //! The launcher and its helpers: processes with one thread and no runtime.
 
 use std::fs::File;
-use std::io::{self, IoSliceMut, Seek, SeekFrom};
+use std::io::{self, IoSliceMut, Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -103,6 +103,9 @@ pub unsafe fn clone_for_parent() -> io::Result<Option<i32>> {
     unsafe { arguments.clone() }
 }
 
+/// linux/sched.h; newer than the libc crate's list on some targets.
+pub const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// linux/sched.h, `struct clone_args`.
 #[repr(C)]
 #[derive(Default)]
@@ -154,10 +157,12 @@ fn answer(
     reporter: Reporter,
 ) -> Result<(), Failure> {
     let mut content = File::from(content);
+    let mut bytes = Vec::new();
     let request: Request = content
         .seek(SeekFrom::Start(0))
+        .and_then(|_| content.read_to_end(&mut bytes))
         .map_err(serde_json::Error::io)
-        .and_then(|_| serde_json::from_reader(io::BufReader::new(content)))
+        .and_then(|_| serde_json::from_slice(&bytes))
         .map_err(|error| Failure::other("reading the request", &error))?;
     let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
         return Err(Failure::other(
@@ -170,7 +175,10 @@ fn answer(
         .and_then(|()| dup2_stderr(stderr))
         .map_err(|error| Failure::other("placing the standard streams", &error))?;
     match request {
-        Request::Create(request) => create::run(request, reporter),
+        Request::Create(request) => match fds.next() {
+            Some(cgroup) => create::run(&request, cgroup, reporter),
+            None => Err(Failure::other("reading the request", &"no control group")),
+        },
         Request::Exec(request) => match (fds.next(), fds.next()) {
             (Some(cgroup), Some(pidfd)) => exec::run(*request, cgroup, &pidfd, reporter),
             _ => Err(Failure::other("reading the request", &"no control group")),

@@ -132,18 +132,27 @@ impl Pod {
     }
 
     /// What PodSandboxStatus(verbose) adds.
-    pub async fn info(&mut self) -> Result<HashMap<String, String>, ClientError> {
+    pub async fn info(&self) -> Result<HashMap<String, String>, ClientError> {
+        Ok(self.status(true).await?.info)
+    }
+
+    /// The pod's first address.
+    pub async fn ip(&self) -> Result<String, ClientError> {
+        let status = self.status(false).await?.status.unwrap_or_default();
+        Ok(status.network.unwrap_or_default().ip)
+    }
+
+    async fn status(&self, verbose: bool) -> Result<cri::PodSandboxStatusResponse, ClientError> {
         let request = cri::PodSandboxStatusRequest {
             pod_sandbox_id: self.id.clone().unwrap_or_default(),
-            verbose: true,
+            verbose,
         };
-        let response = self
-            .daemon
-            .runtime
+        let mut runtime = self.daemon.runtime.clone();
+        let response = runtime
             .pod_sandbox_status(client::within(client::CALL, request))
             .await
             .map_err(client::failed("PodSandboxStatus"))?;
-        Ok(response.into_inner().info)
+        Ok(response.into_inner())
     }
 
     /// Waits for the end of a container, for as long as it takes.

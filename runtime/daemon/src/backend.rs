@@ -25,9 +25,10 @@ impl Choice {
     /// /dev/kvm that opens is no proof (design, "The VM").
     pub async fn make(config: &Config) -> Self {
         let asks = config.vmm != Vmm::Qemu || config.qemu.accel == Accel::Auto;
-        let kvm_problem = match asks {
-            true => probe(config).await.err(),
-            false => None,
+        let kvm_problem = if asks {
+            probe(config).await.err()
+        } else {
+            None
         };
         Self::from_probe(config, kvm_problem)
     }
@@ -93,8 +94,10 @@ mod tests {
     use super::*;
 
     fn choice(vmm: Vmm, accel: Accel, problem: Option<&str>) -> Choice {
-        let mut config = Config::default();
-        config.vmm = vmm;
+        let mut config = Config {
+            vmm,
+            ..Config::default()
+        };
         config.qemu.accel = accel;
         Choice::from_probe(&config, problem.map(str::to_owned))
     }

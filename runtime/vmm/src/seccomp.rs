@@ -88,13 +88,12 @@ extern "C" fn handle_violation(_: libc::c_int, info: *mut libc::siginfo_t, _: *m
     /// Of `si_syscall` in the siginfo of SIGSYS on 64-bit Linux: after three numbers, padding, and an address.
     const SYSCALL_OFFSET: usize = 24;
     // SAFETY: the kernel passes a siginfo, and for SIGSYS of seccomp the number is there.
-    let number = unsafe { info.cast::<u8>().add(SYSCALL_OFFSET).cast::<i32>().read() };
+    let mut number = unsafe { info.byte_add(SYSCALL_OFFSET).cast::<i32>().read() };
     let mut line = *b"seccomp: forbidden system call ....\n";
-    let mut rest = number;
     let digits = line.len() - 5..line.len() - 1;
     for digit in line[digits].iter_mut().rev() {
-        *digit = b'0' + (rest % 10) as u8;
-        rest /= 10;
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
     }
     // SAFETY: both are calls that signal handlers may make; the buffer lives through the first.
     unsafe {

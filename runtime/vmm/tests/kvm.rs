@@ -48,7 +48,7 @@ async fn what_cannot_be_says_why() {
         }
     };
     contains(with_kernel(b""), "the kernel is empty");
-    contains(with_kernel(&[7; 100_000]), "Invalid Elf magic number");
+    contains(with_kernel(&vec![7; 100_000]), "Invalid Elf magic number");
     contains(with_kernel(&kernel[..20]), "Unable to read elf header");
     contains(with_kernel(&kernel[..kernel.len() / 2]), "Unable to read");
     contains(

@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::process::{Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use podvisor_tests::daemon::Daemon;
+use podvisor_tests::machine::Backend;
 use podvisor_tests::registry::busybox;
 use podvisor_tests::{eventually, finished};
+use serde_json::Value;
 
 fn podvisor(daemon: &Daemon, args: &[&str]) -> Output {
     finished(daemon.cli().args(args))
@@ -85,6 +87,61 @@ fn ps_and_console() {
     let none = podvisor(&daemon, &["console", "no-such-pod"]);
     assert!(!none.status.success());
     assert!(text(&none.stderr).contains("no-such-pod"));
+}
+
+#[test]
+fn inspect_shows_the_vm() {
+    let daemon = Daemon::start();
+    let id = daemon.run_pod(&daemon.pod("seen"));
+    let inspected = podvisor(&daemon, &["inspect", &id]);
+    let inspected: Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
+    let vm = &inspected["vm"];
+    assert_eq!(vm["backend"], Backend::here().name(), "{vm}");
+    assert_eq!(vm["vcpus"], 1);
+    let resident = vm["memory_resident_bytes"].as_u64().expect("a number");
+    let given = vm["memory_bytes"].as_u64().expect("a number");
+    assert!(resident > 1 << 20 && resident <= given, "{vm}");
+    let disk = &vm["devices"][0];
+    assert_eq!(disk["name"], "disk");
+    // The kernel has looked for partitions, and the scratch area is mounted.
+    assert!(disk["queues"][0]["chains"].as_u64() > Some(0), "{vm}");
+    if Backend::here() == Backend::Kvm {
+        assert!(vm["exits"]["mmio-write"].as_u64() > Some(0), "{vm}");
+    }
+    let phases = inspected["monitor"]["timeline"].as_array().expect("a list");
+    assert!(phases.iter().any(|phase| phase["phase"] == "vm start"));
+}
+
+/// `vmm = "auto"` follows the probe guest, and says so in all the places where an operator looks.
+#[test]
+fn auto_is_kvm_where_the_probe_guest_runs() {
+    let mut daemon = Daemon::start();
+    let config = fs::read_to_string(daemon.config()).expect("written");
+    let here = format!("vmm = {:?}", Backend::here().name());
+    fs::write(daemon.config(), config.replace(&here, "vmm = \"auto\"")).expect("ours");
+    daemon.stop();
+    daemon.restart();
+
+    let probe = Command::new(Daemon::binary("podvisor-monitor"))
+        .arg("probe-kvm")
+        .output()
+        .expect("it runs");
+    let info = daemon.crictl(&["info"]).json();
+    let status = &info["podvisor"];
+    let check = text(&podvisor(&daemon, &["check"]).stdout);
+    if probe.status.success() {
+        assert_eq!(status["vmm"]["backend"], "kvm", "{info}");
+        assert!(check.contains("the probe guest ran"), "{check}");
+    } else {
+        let why = text(&probe.stderr);
+        let why = why.trim();
+        assert_eq!(status["vmm"]["backend"], "qemu", "{info}");
+        assert_eq!(status["kvm_problem"], why);
+        let warned = status["warnings"].to_string();
+        assert!(warned.contains("software emulation"), "{warned}");
+        assert!(daemon.log().contains(why), "one warning at start");
+        assert!(check.contains(why), "{check}");
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use podvisor_tests::machine::Backend;
 use podvisor_tests::registry::busybox;
 use podvisor_tests::{eventually, logs};
 use serde_json::json;
+use tonic::Code;
 
 /// Counts lines, for ever, until told.
 const COUNTS: &str = "i=0; while [ ! -e /stop ]; do i=$((i+1)); echo $i; done; echo end";
@@ -139,7 +140,7 @@ fn assert_dead(daemon: &Daemon, pod: &str, container: &str) {
     let error = cri.exec(container, &["true"], Duration::from_secs(5));
     assert_eq!(
         error.expect_err("nothing to run it in").code(),
-        tonic::Code::FailedPrecondition
+        Code::FailedPrecondition
     );
 }
 
@@ -153,9 +154,37 @@ fn killed_vmm() {
     match Backend::here() {
         Backend::Qemu => dies(Backend::Qemu.vm_process()),
         Backend::Kvm => {
-            eprintln!("skipped: the VMM is in the monitor's process, which killed_monitor kills")
+            eprintln!("skipped: the VMM is in the monitor's process, which killed_monitor kills");
         }
     }
+}
+
+#[test]
+fn a_guest_that_stops_answering() {
+    if Backend::here() == Backend::Kvm {
+        // The vCPUs cannot be stopped from outside without the monitor that has them.
+        // runtime/vmm/tests/kvm.rs pauses and ends them there.
+        eprintln!("skipped: vCPUs are threads of the monitor");
+        return;
+    }
+    let daemon = Daemon::start();
+    daemon.crictl(&["pull", &busybox()]).ok();
+    let pod = daemon.pod("stuck");
+    let id = daemon.run_pod(&pod);
+    let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), "sleep 1000"));
+    let vm = process_of(&daemon, Backend::Qemu.vm_process(), &id);
+    kill(vm, Signal::SIGSTOP).expect("it runs");
+
+    let command = ["true"];
+    let exec = daemon
+        .cri()
+        .exec(&container, &command, Duration::from_secs(2));
+    assert_eq!(exec.expect_err("no answer").code(), Code::DeadlineExceeded);
+    // Lists do not ask the guest.
+    assert_eq!(daemon.inspect_pod(&id)["state"], "SANDBOX_READY");
+    daemon.cri().stop_pod(&id).expect("within its own deadline");
+    daemon.cri().remove_pod(&id);
+    assert_eq!(daemon.leaks(), "");
 }
 
 /// The death of one of a pod's processes is that pod's death, and no other's.

@@ -1,6 +1,7 @@
 //! `podvisor bench`: what a user of the product waits for and pays.
 //!
 //! - [`pods`]: pods one after the other and in parallel, by RPC and by phase; memory while they run.
+//! - [`throughput`]: bytes a second between a pod and its host.
 //! - [`pull`]: pull and unpack, against another CRI runtime.
 //! - [`stats`], [`report`]: samples to numbers, numbers to tables and JSON.
 //!
@@ -10,6 +11,7 @@ mod pods;
 mod pull;
 mod report;
 mod stats;
+mod throughput;
 
 use std::path::{Path, PathBuf};
 
@@ -40,6 +42,9 @@ pub struct BenchArgs {
     /// Containers in each pod at last, to see what each further one costs the pod's monitor
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     containers: usize,
+    /// Also measure how fast bytes move between a pod and its host
+    #[arg(long)]
+    throughput: bool,
     /// Image of the pods; must have a shell. Pulled if it is not there
     #[arg(long, default_value = "busybox")]
     image: String,
@@ -131,7 +136,7 @@ async fn measure(
     eprintln!("{} pods, one by one, on {backend}", args.pods);
     for done in 1..=args.pods {
         for (group, bench) in &turns {
-            samples.append(bench.one(group).await?);
+            samples.append(Box::pin(bench.one(group, args.throughput)).await?);
         }
         progress(done);
     }

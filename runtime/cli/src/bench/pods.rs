@@ -1,5 +1,6 @@
 //! Pods one after the other, and many at a time.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -8,6 +9,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use podvisor_proto::cri;
 
 use super::stats::{Samples, Unit};
+use super::throughput;
 use crate::client::{self, Daemon};
 use crate::memory;
 use crate::pod::{self, Pod};
@@ -27,7 +29,7 @@ pub const MEMORY: &str = "memory";
 /// ExecSync calls per pod.
 const EXECS: usize = 5;
 /// Seconds for each.
-const EXEC_TIMEOUT_S: i64 = 10;
+const EXEC_TIMEOUT_S: i64 = 60;
 /// Seconds that the container may take to end; it does so at once.
 const STOP_GRACE_S: i64 = 10;
 /// A process that ends at SIGTERM, which PID 1 does only with a handler.
@@ -54,14 +56,14 @@ pub struct Bench {
 }
 
 /// A pod with one running container.
-struct Running {
+pub struct Running {
     pod: Pod,
     container: String,
 }
 
 impl Running {
     /// What a command that must succeed writes.
-    async fn exec(&self, command: &[&str]) -> anyhow::Result<Vec<u8>> {
+    pub async fn exec(&self, command: &[&str]) -> anyhow::Result<Vec<u8>> {
         let response = self
             .pod
             .exec(&self.container, command, EXEC_TIMEOUT_S)
@@ -69,6 +71,13 @@ impl Running {
         let code = response.exit_code;
         anyhow::ensure!(code == 0, "{command:?} ended with {code} in the container");
         Ok(response.stdout)
+    }
+
+    /// The pod's first address.
+    pub async fn ip(&self) -> anyhow::Result<IpAddr> {
+        let ip = self.pod.ip().await?;
+        ip.parse()
+            .with_context(|| format!("the pod's address {ip:?}"))
     }
 }
 
@@ -81,8 +90,8 @@ impl Bench {
         Ok(backend)
     }
 
-    /// A pod from its start to its removal.
-    pub async fn one(&self, group: &str) -> anyhow::Result<Samples> {
+    /// A pod from its start to its removal, perhaps with what it moves meanwhile.
+    pub async fn one(&self, group: &str, with_throughput: bool) -> anyhow::Result<Samples> {
         let (running, mut all) = self.start(group).await?;
         for exit in running.pod.vm_stats().await?.exits {
             let name = format!("{group}/VM exits until it runs: {}", exit.name);
@@ -92,6 +101,9 @@ impl Bench {
             let begin = Instant::now();
             running.exec(&["true"]).await?;
             time(&mut all, group, "ExecSync true", begin);
+        }
+        if with_throughput {
+            all.append(throughput::measure(&running, group).await?);
         }
         all.append(remove(group, running).await?);
         Ok(all)
@@ -132,8 +144,8 @@ impl Bench {
         }
         if containers > 1 {
             for running in &mut pods {
-                for _ in 1..containers {
-                    self.add_container(running).await?;
+                for number in 1..containers {
+                    self.add_container(running, number).await?;
                 }
                 let own = memory_of_own_processes(running).await?;
                 let name = format!("{MEMORY}/podvisor's own with {containers} containers: PSS");
@@ -196,8 +208,11 @@ impl Bench {
     }
 
     /// One container more in a pod that runs.
-    async fn add_container(&self, running: &mut Running) -> anyhow::Result<()> {
-        let config = container_config(&self.image);
+    async fn add_container(&self, running: &mut Running, number: usize) -> anyhow::Result<()> {
+        let mut config = container_config(&self.image);
+        if let Some(metadata) = &mut config.metadata {
+            metadata.name = format!("{}-{number}", metadata.name);
+        }
         let container = Box::pin(running.pod.create(config, sandbox_config()?)).await?;
         let exit = running.pod.start(&container).await?;
         anyhow::ensure!(exit.is_none(), "the container does not start");

@@ -11,6 +11,9 @@ pub enum Unit {
     /// Mebibytes.
     #[serde(rename = "MiB")]
     Mebibytes,
+    /// Mebibytes a second.
+    #[serde(rename = "MiB/s")]
+    MebibytesPerSecond,
     /// Just how many.
     #[serde(rename = "")]
     Count,
@@ -22,6 +25,7 @@ impl Unit {
         match self {
             Self::Milliseconds => "ms",
             Self::Mebibytes => "MiB",
+            Self::MebibytesPerSecond => "MiB/s",
             Self::Count => "",
         }
     }

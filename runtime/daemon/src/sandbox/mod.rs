@@ -11,6 +11,7 @@ use podvisor_network::{Attachment, Bandwidth, INTERFACE, PodIdentity, TAP, netns
 use podvisor_proto::{cri, monitor};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 use tracing::{Instrument, info, warn};
 
 use crate::cgroup::PodCgroup;
@@ -192,9 +193,16 @@ impl Daemon {
         match configured {
             Ok(answer) => Ok((monitor, answer.snapshot.unwrap_or_default())),
             Err(error) => {
-                let error = match error {
-                    Error::Cancelled => error,
-                    error => self.why(&id, &monitor, error).await,
+                // No word of the monitor's, but the end of its connection.
+                let broken = matches!(
+                    &error,
+                    Error::Monitor(status)
+                        if matches!(status.code(), Code::Unknown | Code::Unavailable)
+                );
+                let error = if broken {
+                    self.why(&id, &monitor, error).await
+                } else {
+                    error
                 };
                 monitor.kill();
                 Err(error)

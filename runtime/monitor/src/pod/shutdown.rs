@@ -9,6 +9,10 @@ use tracing::{error, info, warn};
 
 use super::Pod;
 
+/// How long containers may take to die after their grace. The VM's end is theirs in any case: a guest that does not
+/// answer is not waited for.
+const STOP_DEADLINE: Duration = Duration::from_secs(6);
+
 /// How long a guest that was asked to power off may take.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -29,9 +33,9 @@ impl Pod {
 
     async fn end(self: Arc<Self>, grace: Duration) {
         info!(?grace, "shutting down");
-        self.stop_containers(grace).await;
+        let stopped = timeout(grace + STOP_DEADLINE, self.stop_containers(grace)).await;
         if !self.vm_gone.is_cancelled() {
-            self.end_vm().await;
+            self.end_vm(stopped.is_ok()).await;
         }
         if let Err(error) = self.state.saved().await {
             error!(%error, "the last state is not in its file");
@@ -55,9 +59,9 @@ impl Pod {
         futures_util::future::join_all(stops).await;
     }
 
-    /// Lets the guest power itself off, then kills the VM in any case.
-    async fn end_vm(&self) {
-        if let Ok(agent) = self.any_agent() {
+    /// Lets a guest that answers power itself off, then kills the VM in any case.
+    async fn end_vm(&self, answers: bool) {
+        if let (true, Ok(agent)) = (answers, self.any_agent()) {
             // Without an answer there is still the kill.
             let asked = agent.shutdown().await;
             info!(?asked, "asked the guest to power off");

@@ -26,6 +26,7 @@ mod vcpu;
 mod virtio_mmio;
 
 use std::convert::Infallible;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -124,7 +125,7 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
             let irq = layout::VIRTIO_IRQ + slot as u32;
             let (on_bus, attached) = attach(&vm, name, device, address, irq)?;
             // The kernel's Documentation/admin-guide/kernel-parameters.txt.
-            cmdline += &format!(" virtio_mmio.device=4K@{address:#x}:{irq}");
+            let _ = write!(cmdline, " virtio_mmio.device=4K@{address:#x}:{irq}");
             counters.push(attached.served.counters());
             registers.push(on_bus);
             group.push(attached);

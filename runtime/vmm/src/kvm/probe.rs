@@ -228,9 +228,10 @@ fn missing() -> ProbeError {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags"));
     let mut flags = flags.unwrap_or_default().split_whitespace();
-    match flags.any(|flag| flag == "vmx" || flag == "svm") {
-        true => ProbeError::Missing,
-        false => ProbeError::NoVirtualisation,
+    if flags.any(|flag| flag == "vmx" || flag == "svm") {
+        ProbeError::Missing
+    } else {
+        ProbeError::NoVirtualisation
     }
 }
 
@@ -259,7 +260,7 @@ mod tests {
         match run() {
             Ok(()) => assert!(std::path::Path::new("/dev/kvm").exists()),
             Err(ProbeError::Missing | ProbeError::NoVirtualisation) => {
-                assert!(!std::path::Path::new("/dev/kvm").exists())
+                assert!(!std::path::Path::new("/dev/kvm").exists());
             }
             Err(error) => assert!(!error.to_string().is_empty()),
         }
