@@ -196,12 +196,14 @@ struct Net {
     rig: OneChain<NetDevice>,
     network: UnixDatagram,
     frame: Vec<u8>,
+    /// Size of the driver's receive buffers.
+    buffer: u32,
 }
 
 const NET_RX: usize = 0;
 const NET_TX: usize = 1;
-/// As large as Linux makes them in the beginning.
-const RX_BUFFER: u32 = 1536;
+/// Linux makes them as large as frames are on average, between these.
+const RX_BUFFER_BYTES: (u32, u32) = (1536, 4096);
 const RX_BUFFERS: u16 = 64;
 
 fn net(length: u32, chain: Vec<Part>) -> Net {
@@ -211,6 +213,7 @@ fn net(length: u32, chain: Vec<Part>) -> Net {
         rig: OneChain::new(memory(), device.unwrap(), NET_TX, chain),
         network,
         frame: vec![0; 12 + length as usize],
+        buffer: length.clamp(RX_BUFFER_BYTES.0, RX_BUFFER_BYTES.1),
     };
     for index in 0..RX_BUFFERS {
         net.post(index);
@@ -221,8 +224,8 @@ fn net(length: u32, chain: Vec<Part>) -> Net {
 
 impl Net {
     fn post(&mut self, index: u16) {
-        let address = DATA + u64::from(index) * u64::from(RX_BUFFER);
-        self.rig.queues[NET_RX].push_at(index, &[(address, RX_BUFFER, WRITE)]);
+        let address = DATA + u64::from(index) * u64::from(self.buffer);
+        self.rig.queues[NET_RX].push_at(index, &[(address, self.buffer, WRITE)]);
     }
 }
 
