@@ -368,4 +368,16 @@ impl Monitor for Shared {
             .filter_map(|snapshot| std::future::ready(snapshot.map(Ok)));
         Ok(Response::new(snapshots.boxed()))
     }
+
+    async fn vm_stats(
+        &self,
+        _: Request<monitor::VmStatsRequest>,
+    ) -> Answer<monitor::VmStatsResponse> {
+        Ok(Response::new(monitor::VmStatsResponse {
+            backend: "qemu".to_owned(),
+            vcpus: 1,
+            memory_bytes: 512 << 20,
+            ..Default::default()
+        }))
+    }
 }
