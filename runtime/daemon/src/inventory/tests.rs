@@ -1,7 +1,7 @@
 //! On this machine: real processes, mounts and groups, in folders made for each test.
 
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount, umount};
@@ -57,8 +57,10 @@ impl Instance {
         let folder = self.path("run/sandboxes").join(ID);
         Command::new("sh")
             .arg0("podvisor-monitor")
-            .args(["-c", "sleep 1000; exit 1", "sh"])
+            // Without a child: that would have the same command line for a moment.
+            .args(["-c", "read line", "sh"])
             .arg(folder)
+            .stdin(Stdio::piped())
             .process_group(0)
             .spawn()
             .unwrap()
