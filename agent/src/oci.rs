@@ -23,6 +23,9 @@ pub struct Spec {
     #[serde(default)]
     pub mounts: Vec<Mount>,
     pub linux: Linux,
+    /// They ask for nothing.
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
 }
 
 /// A process of a container.

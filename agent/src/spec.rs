@@ -210,6 +210,7 @@ mod tests {
                 { "type": "mount" }, { "type": "pid" },
                 { "type": "ipc", "path": "pod" }, { "type": "uts" },
             ] },
+            "annotations": { "org.example.note": "none of our business" },
         })
     }
 
