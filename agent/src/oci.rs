@@ -23,9 +23,6 @@ pub struct Spec {
     #[serde(default)]
     pub mounts: Vec<Mount>,
     pub linux: Linux,
-    /// They ask for nothing.
-    #[serde(default)]
-    annotations: BTreeMap<String, String>,
 }
 
 /// A process of a container.
