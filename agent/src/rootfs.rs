@@ -1,6 +1,7 @@
 //! A container's root: image layers below, a writable directory of the scratch area above, joined by
 //! overlayfs (Documentation/filesystems/overlayfs.rst).
 
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -10,8 +11,13 @@ use nix::mount::{MntFlags, umount2};
 
 use crate::mount::{FileSystem, MountError};
 
-/// Overlayfs takes this many lower layers (`OVL_MAX_STACK`).
-const LAYER_LIMIT: usize = 500;
+/// Overlayfs takes this many lower layers (`OVL_MAX_STACK`), and the lowest is ours.
+const LAYER_LIMIT: usize = 499;
+/// The lowest layer: places for what every container has mounted. An image that lacks them would have
+/// them made in the writable layer, for which overlayfs first copies their directories up.
+const LOWEST: &str = "/run/podvisor/lowest";
+const DIRECTORIES: [&str; 4] = ["dev", "etc", "proc", "sys"];
+const FILES: [&str; 3] = ["etc/hostname", "etc/hosts", "etc/resolv.conf"];
 
 /// Why a root is not there.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +31,18 @@ pub enum RootfsError {
     /// Directories for it.
     #[error("cannot prepare the root file system: {0}")]
     Prepare(#[from] io::Error),
+}
+
+/// Makes the layer that is below all others.
+pub fn make_lowest_layer() -> io::Result<()> {
+    let layer = Path::new(LOWEST);
+    for directory in DIRECTORIES {
+        std::fs::create_dir_all(layer.join(directory))?;
+    }
+    for file in FILES {
+        File::create(layer.join(file))?;
+    }
+    Ok(())
 }
 
 /// The directories of one container's root.
@@ -57,19 +75,16 @@ impl Rootfs {
     fn try_mount(&self, layers: &[PathBuf]) -> Result<(), RootfsError> {
         let upper = self.scratch.join("upper");
         let work = self.scratch.join("work");
-        // Overlayfs wants a layer below; that of an image without layers is empty.
-        let empty = self.scratch.join("empty");
-        for directory in [&self.target, &upper, &work, &empty] {
+        for directory in [&self.target, &upper, &work] {
             std::fs::create_dir_all(directory)?;
         }
         let overlay = FileSystem::open(c"overlay")?;
         let set = |key, path: &Path| overlay.set(key, path.as_os_str().as_bytes());
-        let empty = [empty];
-        let lowest_first = if layers.is_empty() { &empty } else { layers };
         // "lowerdir+" adds below what is there, one path a time: no limit of one page for all.
-        for layer in lowest_first.iter().rev() {
+        for layer in layers.iter().rev() {
             set(c"lowerdir+", layer)?;
         }
+        set(c"lowerdir+", Path::new(LOWEST))?;
         set(c"upperdir", &upper)?;
         set(c"workdir", &work)?;
         // The upper layer ends with the pod: its fsyncs would protect what nobody will read.

@@ -13,6 +13,7 @@ use nix::time::{ClockId, clock_settime};
 use podvisor_proto::agent::ConfigureSandboxRequest;
 
 use crate::disk::{Disk, DiskError, Range};
+use crate::rootfs;
 use crate::sysctl::{self, SysctlError};
 
 /// Where everything of the pod is.
@@ -138,6 +139,7 @@ impl Sandbox {
         ] {
             fs::write(path, content).map_err(kernel("writing the pod's files"))?;
         }
+        rootfs::make_lowest_layer().map_err(kernel("making the lowest layer"))?;
         mount_shm(request.shm_bytes)?;
         share_namespaces(&request)?;
         // Last: what came before can be done twice, should this fail and be asked for again.

@@ -47,6 +47,12 @@ async fn a_container_runs_as_its_spec_says() {
     );
     assert!(err.ends_with("through\n"), "{err}");
     assert_eq!(code, 7);
+    // Nothing is in the writable layer but what the container wrote, and its working directory.
+    let upper = "/run/podvisor/scratch/c1/upper";
+    let written = guest.enter(&["find", upper, "-mindepth", "1", "-printf", "%P\n"]);
+    let mut written: Vec<&str> = written.lines().collect();
+    written.sort_unstable();
+    assert_eq!(written, ["tmp", "tmp/file", "work", "work/deep"]);
     assert_eq!(guest.remove("c1").await, [guest.layer]);
 }
 

@@ -96,12 +96,12 @@ impl Guest {
         (token, stream)
     }
 
-    /// Runs a program of this machine in the agent's network namespace.
+    /// Runs a program of this machine in the network and mount namespaces of the agent.
     pub fn enter(&self, arguments: &[&str]) -> String {
         let target = self.namespaces.expect("a local agent").to_string();
         command(
             "nsenter",
-            &[&["--target", &target, "--net"], arguments].concat(),
+            &[&["--target", &target, "--net", "--mount"], arguments].concat(),
         )
     }
 
