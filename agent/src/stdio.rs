@@ -32,7 +32,7 @@ pub async fn claim(streams: &Streams, stdio: &Stdio) -> Result<Claimed, StreamEr
         None => Ok(None),
     };
     let (stdin, stdout, stderr) =
-        futures_util::try_join!(one(&stdio.stdin), one(&stdio.stdout), one(&stdio.stderr))?;
+        tokio::try_join!(one(&stdio.stdin), one(&stdio.stdout), one(&stdio.stderr))?;
     Ok(Claimed {
         stdin,
         stdout,

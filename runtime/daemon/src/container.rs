@@ -102,11 +102,14 @@ impl Daemon {
             async move {
                 let mut client = monitor.client();
                 let result = async {
+                    // The disk does not wait for the guest, nor the guest for the disk.
                     let create = client.create_container(request);
-                    let answer = within(CALL, "CreateContainer", create).await?;
-                    pod.apply(answer.snapshot);
-                    daemon.store.put_container(record.clone()).await?;
-                    Ok(())
+                    let (answer, stored) = tokio::join!(
+                        within(CALL, "CreateContainer", create),
+                        daemon.store.put_container(record.clone())
+                    );
+                    pod.apply(answer?.snapshot);
+                    Ok(stored?)
                 }
                 .await;
                 let abandoned = gone.is_closed();
