@@ -108,6 +108,7 @@ pub async fn boot() -> Option<VmGuest> {
         net: None,
         disk,
         vsock: device,
+        fs: FsDevice::new().unwrap().0,
         console: console_in.into(),
     };
     let qemu = QemuConfig {

@@ -161,6 +161,7 @@ pub fn config(kernel: &Path) -> (VmConfig, VsockHandle, std::io::PipeReader) {
         net: None,
         disk: SegmentMap::new(),
         vsock: device,
+        fs: FsDevice::new().unwrap().0,
         console: console_in.into(),
     };
     (config, vsock, console)

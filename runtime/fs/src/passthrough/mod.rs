@@ -1,0 +1,176 @@
+//! The file system: the guest's requests as system calls on the files below a root.
+//!
+//! - `nodes`: the numbers by which the guest names files
+//! - `open_files`: what it has open
+//! - `host`: system calls that the nix crate has not
+//! - `caller`: whose new files are
+//! - `operations`: the requests
+//! - here: what they have in common
+//!
+//! A name in a request is one component, never `.` or `..`, and never followed: paths are walked by the guest's kernel, one
+//! lookup a step. What is opened is a regular file or a directory; devices, pipes and sockets are the guest's own.
+//!
+//! Node and pod agree because nothing about names and attributes is kept by the guest: each use asks here. File contents
+//! are kept while a file is open, dropped when it is opened again or its size has changed, and written through at once.
+
+mod caller;
+mod host;
+mod nodes;
+mod open_files;
+mod operations;
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use fuse_backend_rs::api::filesystem::Entry;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+
+use host::Status;
+use nodes::{Identity, Node, Nodes};
+use open_files::OpenFiles;
+
+/// How long the guest may take names and attributes for true without asking: not at all.
+const VALIDITY: Duration = Duration::ZERO;
+
+/// Files below a root.
+pub struct Passthrough {
+    nodes: RwLock<Nodes>,
+    open: OpenFiles,
+    /// /proc/self/fd.
+    descriptors: OwnedFd,
+}
+
+impl Passthrough {
+    /// The files below `root`. `descriptors`: /proc/self/fd, which each thread that serves must have as its working
+    /// directory ([`Self::enter_thread`]).
+    pub fn new(root: &Path, descriptors: OwnedFd) -> io::Result<Self> {
+        let file = nix::fcntl::open(root, PATH_ONLY | OFlag::O_DIRECTORY, Mode::empty())?;
+        let status = host::status(&file)?;
+        let root = node(Arc::new(file), &status);
+        Ok(Self {
+            nodes: RwLock::new(Nodes::new(root)),
+            open: OpenFiles::default(),
+            descriptors,
+        })
+    }
+
+    /// Prepares the calling thread: extended attributes of a file that is only found, not opened, can be named by a path
+    /// below /proc/self/fd alone.
+    pub fn enter_thread(&self) -> io::Result<()> {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+        nix::unistd::fchdir(self.descriptors.as_fd())?;
+        // A new working directory comes with a new mask.
+        nix::sys::stat::umask(Mode::empty());
+        Ok(())
+    }
+
+    /// What the guest means by a number.
+    fn node(&self, number: u64) -> io::Result<Node> {
+        // Whole entries are inserted and removed: a panic elsewhere leaves the map sound.
+        let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
+        nodes.get(number).cloned().ok_or_else(|| Errno::ESTALE.into())
+    }
+
+    fn nodes(&self) -> std::sync::RwLockWriteGuard<'_, Nodes> {
+        self.nodes.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds `name` in a directory and tells the guest of it.
+    fn find(&self, parent: &Node, name: &CStr) -> io::Result<Entry> {
+        check_name(name)?;
+        let file = openat(parent.file.as_fd(), name, PATH_ONLY, Mode::empty())?;
+        let status = host::status(&file)?;
+        let file = Arc::new(file);
+        let mut nodes = self.nodes();
+        let number = match nodes.look_up(status.identity) {
+            Some((number, mount)) => {
+                // A volume may be there twice, once read-only. To the guest it is one file, which it may write to if it
+                // may so by one of its names: its kernel knows by which.
+                if mount != status.mount && !host::is_read_only(&file)? {
+                    nodes.use_mount(number, Arc::clone(&file), status.mount);
+                }
+                number
+            }
+            None => nodes.add(node(file, &status)),
+        };
+        Ok(Entry {
+            inode: number,
+            generation: 0,
+            attr: shown(&mut nodes, status),
+            attr_flags: 0,
+            attr_timeout: VALIDITY,
+            entry_timeout: VALIDITY,
+        })
+    }
+
+    /// The attributes that the guest is to see.
+    fn attributes(&self, file: &impl AsFd) -> io::Result<(libc::stat64, Duration)> {
+        let status = host::status(file)?;
+        Ok((shown(&mut self.nodes(), status), VALIDITY))
+    }
+
+    /// Opens a file that was only found.
+    fn reopen(&self, node: &Node, flags: OFlag) -> io::Result<OwnedFd> {
+        if !matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) {
+            return Err(Errno::EBADF.into());
+        }
+        // The link in /proc is to be followed. The node's page cache is the truth: direct I/O ends there.
+        let flags = flags & OPENED | OFlag::O_CLOEXEC;
+        let path = descriptor_path(&node.file);
+        Ok(openat(&self.descriptors, path.as_c_str(), flags, Mode::empty())?)
+    }
+}
+
+const PATH_ONLY: OFlag = OFlag::O_PATH
+    .union(OFlag::O_NOFOLLOW)
+    .union(OFlag::O_CLOEXEC);
+
+/// What of a process's flags its file has here.
+const OPENED: OFlag = OFlag::O_ACCMODE
+    .union(OFlag::O_APPEND)
+    .union(OFlag::O_TRUNC)
+    .union(OFlag::O_DIRECTORY)
+    .union(OFlag::O_SYNC)
+    .union(OFlag::O_DSYNC)
+    .union(OFlag::O_NOATIME);
+
+fn node(file: Arc<OwnedFd>, status: &Status) -> Node {
+    Node {
+        file,
+        identity: status.identity,
+        kind: status.attributes.st_mode & libc::S_IFMT,
+        mount: status.mount,
+    }
+}
+
+fn shown(nodes: &mut Nodes, status: Status) -> libc::stat64 {
+    let Identity { device, number } = status.identity;
+    let mut attributes = status.attributes;
+    attributes.st_ino = nodes.shown_number(device, number);
+    attributes
+}
+
+/// One component of a path.
+fn check_name(name: &CStr) -> io::Result<()> {
+    let name = name.to_bytes();
+    if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') {
+        return Err(Errno::EINVAL.into());
+    }
+    Ok(())
+}
+
+/// Path of a file below /proc/self/fd.
+fn descriptor_path(file: &OwnedFd) -> std::ffi::CString {
+    let number = file.as_raw_fd().to_string();
+    // Digits.
+    std::ffi::CString::new(number).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,179 @@
+//! What the guest knows of files: a number for each, by which it names them from then on.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// The number of the root (FUSE_ROOT_ID).
+pub const ROOT: u64 = 1;
+
+/// Bits of a host's file number that stay as they are; above them is the number of its file system.
+const FILE_BITS: u32 = 48;
+
+/// A file of the host, whatever names and mounts it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// File system, as `stx_dev_major` and `stx_dev_minor`.
+    pub device: (u32, u32),
+    /// Number in it.
+    pub number: u64,
+}
+
+/// A file that the guest knows.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Opened with `O_PATH`.
+    pub file: Arc<OwnedFd>,
+    /// Which.
+    pub identity: Identity,
+    /// `S_IFMT` of its mode.
+    pub kind: libc::mode_t,
+    /// The mount that `file` was found in.
+    pub mount: u64,
+}
+
+struct Known {
+    node: Node,
+    /// How often the guest was told of it and has not said that it forgot.
+    lookups: u64,
+}
+
+/// All that the guest knows.
+pub struct Nodes {
+    known: HashMap<u64, Known>,
+    numbers: HashMap<Identity, u64>,
+    next: u64,
+    devices: HashMap<(u32, u32), u16>,
+}
+
+impl Nodes {
+    /// Nothing but `root`.
+    pub fn new(root: Node) -> Self {
+        let mut nodes = Self {
+            known: HashMap::new(),
+            numbers: HashMap::new(),
+            next: ROOT,
+            devices: HashMap::new(),
+        };
+        nodes.add(root);
+        nodes
+    }
+
+    /// What a number stands for.
+    pub fn get(&self, number: u64) -> Option<&Node> {
+        self.known.get(&number).map(|known| &known.node)
+    }
+
+    /// The number of a file that is known, which the guest is told once more, and the mount that it is used through.
+    pub fn look_up(&mut self, identity: Identity) -> Option<(u64, u64)> {
+        let number = *self.numbers.get(&identity)?;
+        let known = self.known.get_mut(&number)?;
+        known.lookups = known.lookups.saturating_add(1);
+        Some((number, known.node.mount))
+    }
+
+    /// A new number for a file that is not known, which the guest is told.
+    pub fn add(&mut self, node: Node) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        self.numbers.insert(node.identity, number);
+        self.known.insert(number, Known { node, lookups: 1 });
+        number
+    }
+
+    /// From now on the file is used through another of its mounts.
+    pub fn use_mount(&mut self, number: u64, file: Arc<OwnedFd>, mount: u64) {
+        if let Some(known) = self.known.get_mut(&number) {
+            known.node.file = file;
+            known.node.mount = mount;
+        }
+    }
+
+    /// The guest has forgotten a number as often as it was told.
+    pub fn forget(&mut self, number: u64, lookups: u64) {
+        if number == ROOT {
+            return;
+        }
+        let Some(known) = self.known.get_mut(&number) else {
+            return;
+        };
+        known.lookups = known.lookups.saturating_sub(lookups);
+        if known.lookups == 0 {
+            let identity = known.node.identity;
+            self.known.remove(&number);
+            self.numbers.remove(&identity);
+        }
+    }
+
+    /// Forgets all but the root.
+    pub fn clear(&mut self) {
+        let root = self.known.remove(&ROOT);
+        self.known.clear();
+        self.numbers.clear();
+        if let Some(root) = root {
+            self.numbers.insert(root.node.identity, ROOT);
+            self.known.insert(ROOT, root);
+        }
+    }
+
+    /// What `stat` shows as the file's number. All volumes are one file system to the guest, and many of the host's: two
+    /// files with one number would be one file to `cp` and `tar`.
+    pub fn shown_number(&mut self, device: (u32, u32), number: u64) -> u64 {
+        let next = self.devices.len() as u16;
+        // After 65536 file systems, they share.
+        let index = *self.devices.entry(device).or_insert(next);
+        number ^ u64::from(index) << FILE_BITS
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(number: u64) -> Node {
+        Node {
+            file: Arc::new(std::fs::File::open("/").unwrap().into()),
+            identity: Identity {
+                device: (8, 1),
+                number,
+            },
+            kind: libc::S_IFDIR,
+            mount: 7,
+        }
+    }
+
+    #[test]
+    fn a_file_is_known_until_it_is_forgotten_as_often() {
+        let mut nodes = Nodes::new(node(1));
+        let number = nodes.add(node(2));
+        assert_ne!(number, ROOT);
+        assert_eq!(nodes.look_up(node(2).identity), Some((number, 7)));
+        nodes.forget(number, 1);
+        assert!(nodes.get(number).is_some());
+        nodes.forget(number, 1);
+        assert!(nodes.get(number).is_none());
+        assert_eq!(nodes.look_up(node(2).identity), None);
+        // Never the same number for another file.
+        assert_ne!(nodes.add(node(3)), number);
+    }
+
+    #[test]
+    fn the_root_stays() {
+        let mut nodes = Nodes::new(node(1));
+        nodes.forget(ROOT, u64::MAX);
+        assert!(nodes.get(ROOT).is_some());
+        let number = nodes.add(node(2));
+        nodes.clear();
+        assert!(nodes.get(number).is_none());
+        assert_eq!(nodes.look_up(node(1).identity), Some((ROOT, 7)));
+    }
+
+    #[test]
+    fn numbers_of_different_file_systems_differ() {
+        let mut nodes = Nodes::new(node(1));
+        let first = nodes.shown_number((0, 31), 2);
+        assert_eq!(first, 2);
+        assert_ne!(nodes.shown_number((0, 32), 2), first);
+        assert_eq!(nodes.shown_number((0, 31), 2), first);
+    }
+}
