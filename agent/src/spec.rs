@@ -1,7 +1,7 @@
 //! Completes the OCI runtime spec that came from the host: root, user, namespaces, control group, and
 //! the pod's own files. The result is what the launcher runs.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use podvisor_proto::agent::ResolvedUser;
 
@@ -14,6 +14,8 @@ use crate::user::Account;
 pub const LIMIT: usize = 2 * 1024 * 1024;
 /// In place of a path: the namespace that the pod's containers share.
 const POD: &str = "pod";
+/// Type of a mount that comes from the host: its source is below the root of the volumes.
+const VOLUME: &str = "volume";
 /// What `PATH` means where none is set, as in containerd.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -35,6 +37,9 @@ pub enum SpecError {
     /// Not shared between containers.
     #[error("namespace {} cannot be the pod's", .0.file_name())]
     NotShared(NamespaceKind),
+    /// The host says what is shared, the guest where it is.
+    #[error("volume {} is not a path below the volumes", .0.display())]
+    Volume(PathBuf),
     /// See [`DeviceFilterError`].
     #[error(transparent)]
     Devices(#[from] DeviceFilterError),
@@ -79,7 +84,19 @@ impl ContainerSpec {
                 return Err(SpecError::Missing(name));
             }
         }
+        for mount in spec.mounts.iter().filter(|mount| mount.kind == VOLUME) {
+            let source = mount.source.clone().unwrap_or_default();
+            let is_name = |component| matches!(component, Component::Normal(_));
+            if source.as_os_str().is_empty() || !source.components().all(is_name) {
+                return Err(SpecError::Volume(source));
+            }
+        }
         Ok(Self(spec))
+    }
+
+    /// Whether it has mounts that come from the host.
+    pub fn has_volumes(&self) -> bool {
+        self.0.mounts.iter().any(|mount| mount.kind == VOLUME)
     }
 
     /// Whether the container shares the pod's namespace of this kind.
@@ -111,13 +128,22 @@ impl ContainerSpec {
         };
         // In a uts namespace of its own a container still has the pod's name.
         hostname.clone_into(&mut spec.hostname);
-        let own_files = pod_mounts(&spec.mounts, shares_ipc, spec.root.readonly);
         if shares_ipc {
-            // It comes with the ipc namespace (shm_open(3) and shmget(2) are one family).
-            spec.mounts
-                .retain(|mount| mount.destination != Path::new("/dev/shm"));
+            // It comes with the ipc namespace (shm_open(3) and shmget(2) are one family), unless it is a volume.
+            spec.mounts.retain(|mount| {
+                mount.destination != Path::new("/dev/shm") || mount.kind == VOLUME
+            });
         }
-        spec.mounts.extend(own_files);
+        let own_files = pod_mounts(&spec.mounts, shares_ipc, spec.root.readonly);
+        let first_volume = spec.mounts.iter().position(|mount| mount.kind == VOLUME);
+        // Volumes may be mounted below these.
+        let place = first_volume.unwrap_or(spec.mounts.len());
+        spec.mounts.splice(place..place, own_files);
+        for mount in spec.mounts.iter_mut().filter(|mount| mount.kind == VOLUME) {
+            "bind".clone_into(&mut mount.kind);
+            let source = mount.source.take().unwrap_or_default();
+            mount.source = Some(files::volumes().join(source));
+        }
         complete_process(&mut spec.process, account);
         for namespace in &mut spec.linux.namespaces {
             if namespace.path.is_some() {
@@ -175,7 +201,10 @@ fn pod_mounts(present: &[Mount], shares_ipc: bool, read_only: bool) -> Vec<Mount
             mounts.push(bind(destination, source, &["rbind", "rprivate", access]));
         }
     }
-    if shares_ipc {
+    let has_shm = present
+        .iter()
+        .any(|mount| mount.destination == Path::new("/dev/shm"));
+    if shares_ipc && !has_shm {
         let options = ["rbind", "rprivate", "nosuid", "nodev", "noexec"];
         mounts.push(bind("/dev/shm", files::shm(), &options));
     }

@@ -120,6 +120,9 @@ fn assemble(
         bundle(&request.id).join("rootfs"),
         files::scratch().join(&request.id),
     );
+    if spec.has_volumes() {
+        assembly.sandbox.mount_volumes()?;
+    }
     let directories = assembly.disk.acquire(&request.id, &layers)?;
     rootfs
         .mount(&directories)
@@ -197,6 +200,9 @@ fn disassemble(assembly: &mut Assembly, container: &Container) -> io::Result<Vec
 
 /// Takes away what the container has in the file system. What is not there is not an error.
 fn clean_up(id: &str) -> io::Result<()> {
+    // The host has taken the container's volumes away. To see so is to forget what was known of files in them, which
+    // the host keeps open until then. There may be none.
+    let _ = fs::symlink_metadata(files::volumes().join(id));
     let bundle = bundle(id);
     Rootfs::new(bundle.join("rootfs"), files::scratch().join(id)).remove()?;
     match fs::remove_dir_all(bundle) {

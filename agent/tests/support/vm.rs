@@ -9,7 +9,7 @@ use hyper_util::rt::TokioIo;
 use podvisor_proto::agent::agent_client::AgentClient;
 use podvisor_proto::agent::{ConfigureSandboxRequest, Segment};
 use podvisor_vmm::qemu::{self, Accel, QemuConfig, TscMeter};
-use podvisor_vmm::{Access, SegmentMap, VmConfig, Vmm, VsockDevice, VsockListener};
+use podvisor_vmm::{Access, FsDevice, SegmentMap, VmConfig, Vmm, VsockDevice, VsockListener};
 use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use podvisor_proto::{cri, monitor};
 use tokio::sync::oneshot;
-use tracing::Instrument;
+use tracing::{Instrument, warn};
 
 use crate::daemon::{Daemon, now_ns, within};
 use crate::error::{Error, Result};
@@ -18,6 +18,7 @@ use crate::pod::{Container, Pod};
 use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
+use crate::volumes;
 
 /// For calls that the guest answers quickly when it answers at all. Longer than the monitor's own
 /// deadlines for the agent, so that its answer, which knows more, comes first.
@@ -57,8 +58,12 @@ impl Daemon {
             .as_ref()
             .map_or("", |image| image.image.as_str());
         let image = self.find_image(image_name)?;
-        let built = spec::build(&config, &sandbox_config, &image.config)?;
+        let mut built = spec::build(&config, &sandbox_config, &image.config)?;
+        let volumes = volumes::open(volumes::parse(&config.mounts)?).await?;
         let id = ids::new_id()?;
+        let mut mounts = built.spec.mounts().clone().unwrap_or_default();
+        mounts.extend(volumes::spec_mounts(&id, &volumes)?);
+        built.spec.set_mounts(Some(mounts));
         let name = self.container_names.reserve(
             "container",
             ids::container_name(&pod.id, &metadata),
@@ -84,7 +89,7 @@ impl Daemon {
                 fd_token: monitor.send_fd(file).await?,
             });
         }
-        let request = monitor::CreateContainerRequest {
+        let mut request = monitor::CreateContainerRequest {
             id: id.clone(),
             layers,
             spec: serde_json::to_vec(&built.spec)
@@ -94,6 +99,7 @@ impl Daemon {
             stdin_once: config.stdin_once,
             terminal: config.tty,
             log_fd_token: send_log(&monitor, &record.log_path).await?,
+            volumes_fd_token: Vec::new(),
         };
         // A task of its own, as with sandboxes: a caller that goes away leaves nothing half made.
         let daemon = Arc::clone(self);
@@ -102,6 +108,9 @@ impl Daemon {
             async move {
                 let mut client = monitor.client();
                 let result = async {
+                    request.volumes_fd_token = daemon
+                        .add_volumes(&pod, &monitor, &record.id, volumes)
+                        .await?;
                     // The disk does not wait for the guest, nor the guest for the disk.
                     let create = client.create_container(request);
                     let (answer, stored) = tokio::join!(
@@ -109,11 +118,15 @@ impl Daemon {
                         daemon.store.put_container(record.clone())
                     );
                     pod.apply(answer?.snapshot);
+                    daemon.confirm_volumes(&pod).await;
                     Ok(stored?)
                 }
                 .await;
                 let abandoned = gone.is_closed();
                 if result.is_err() || abandoned {
+                    if let Err(error) = daemon.remove_volumes(&pod, &record.id).await {
+                        warn!(container = record.id, %error, "volumes are left for the pod's end");
+                    }
                     let request = monitor::RemoveContainerRequest {
                         id: record.id.clone(),
                     };
@@ -234,6 +247,8 @@ impl Daemon {
             if container.state().state() == monitor::ContainerState::Running {
                 self.stop_running(&container, Duration::ZERO).await?;
             }
+            // The guest forgets their files when it finds them gone.
+            self.remove_volumes(&container.pod, &id).await?;
             let request = monitor::RemoveContainerRequest { id: id.clone() };
             let mut client = monitor.client();
             let answer = within(CALL, "RemoveContainer", client.remove_container(request)).await?;

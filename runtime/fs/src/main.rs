@@ -12,6 +12,7 @@ mod jail;
 mod passthrough;
 mod serve;
 
+use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
@@ -27,5 +28,8 @@ fn main() -> anyhow::Result<()> {
     let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
     let descriptors = jail::enter(Path::new(&shares)).context("the jail")?;
     let files = Passthrough::new(Path::new("/"), descriptors).context("the shares")?;
+    // podvisord waits for this before it mounts anything here.
+    std::io::stdout().write_all(b"\n").context("saying so")?;
+    std::io::stdout().flush().context("saying so")?;
     serve::serve(files, socket).context("the socket")
 }

@@ -24,7 +24,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuse_backend_rs::api::filesystem::Entry;
 use nix::errno::Errno;
@@ -37,6 +37,9 @@ use open_files::OpenFiles;
 
 /// How long the guest may take names and attributes for true without asking: not at all.
 const VALIDITY: Duration = Duration::ZERO;
+
+/// More files than a process finds in a second, as a power of two.
+const NUMBERS_PER_SECOND_BITS: u32 = 24;
 
 /// Files below a root.
 pub struct Passthrough {
@@ -53,9 +56,13 @@ impl Passthrough {
         let file = nix::fcntl::open(root, PATH_ONLY | OFlag::O_DIRECTORY, Mode::empty())?;
         let status = host::status(&file)?;
         let root = node(Arc::new(file), &status);
+        // A guest may know numbers of a process before this one: they must not be others' now.
+        let first = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs() << NUMBERS_PER_SECOND_BITS);
         Ok(Self {
-            nodes: RwLock::new(Nodes::new(root)),
-            open: OpenFiles::default(),
+            nodes: RwLock::new(Nodes::new(root, first)),
+            open: OpenFiles::new(first),
             descriptors,
         })
     }

@@ -47,8 +47,8 @@ pub struct Nodes {
 }
 
 impl Nodes {
-    /// Nothing but `root`.
-    pub fn new(root: Node) -> Self {
+    /// Nothing but `root`. Other numbers begin at `first`.
+    pub fn new(root: Node, first: u64) -> Self {
         let mut nodes = Self {
             known: HashMap::new(),
             numbers: HashMap::new(),
@@ -56,6 +56,7 @@ impl Nodes {
             devices: HashMap::new(),
         };
         nodes.add(root);
+        nodes.next = first.max(ROOT + 1);
         nodes
     }
 
@@ -144,7 +145,7 @@ mod tests {
 
     #[test]
     fn a_file_is_known_until_it_is_forgotten_as_often() {
-        let mut nodes = Nodes::new(node(1));
+        let mut nodes = Nodes::new(node(1), 0);
         let number = nodes.add(node(2));
         assert_ne!(number, ROOT);
         assert_eq!(nodes.look_up(node(2).identity), Some((number, 7)));
@@ -159,7 +160,7 @@ mod tests {
 
     #[test]
     fn the_root_stays() {
-        let mut nodes = Nodes::new(node(1));
+        let mut nodes = Nodes::new(node(1), 0);
         nodes.forget(ROOT, u64::MAX);
         assert!(nodes.get(ROOT).is_some());
         let number = nodes.add(node(2));
@@ -170,7 +171,7 @@ mod tests {
 
     #[test]
     fn numbers_of_different_file_systems_differ() {
-        let mut nodes = Nodes::new(node(1));
+        let mut nodes = Nodes::new(node(1), 0);
         let first = nodes.shown_number((0, 31), 2);
         assert_eq!(first, 2);
         assert_ne!(nodes.shown_number((0, 32), 2), first);

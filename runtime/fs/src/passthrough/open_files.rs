@@ -38,13 +38,20 @@ impl OpenFile {
 }
 
 /// All of them.
-#[derive(Default)]
 pub struct OpenFiles {
     files: RwLock<HashMap<u64, Arc<OpenFile>>>,
     last: AtomicU64,
 }
 
 impl OpenFiles {
+    /// None. Handles begin above `first`.
+    pub fn new(first: u64) -> Self {
+        Self {
+            files: RwLock::default(),
+            last: AtomicU64::new(first),
+        }
+    }
+
     /// Adds one. Returns its handle.
     pub fn add(&self, node: u64, file: OwnedFd, flags: u32) -> u64 {
         let handle = self.last.fetch_add(1, Ordering::Relaxed) + 1;

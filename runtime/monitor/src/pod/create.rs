@@ -109,6 +109,12 @@ impl Pod {
         agent: &crate::agent::Agent,
         request: &CreateContainerRequest,
     ) -> Result<Option<agent::ResolvedUser>, PodError> {
+        if !request.volumes_fd_token.is_empty() {
+            let socket = self.fds.take(&request.volumes_fd_token);
+            let socket =
+                socket.ok_or_else(|| PodError::State("no socket for volumes came".to_owned()))?;
+            self.fs.connect(socket.into());
+        }
         let segments = self.layers.acquire(&request.layers, &self.fds)?;
         let created = agent
             .create_container(agent::CreateContainerRequest {
@@ -155,6 +161,7 @@ fn check_id(id: &str) -> Result<(), PodError> {
 fn fingerprint(request: &CreateContainerRequest) -> u64 {
     let mut request = request.clone();
     request.log_fd_token.clear();
+    request.volumes_fd_token.clear();
     for layer in &mut request.layers {
         layer.fd_token.clear();
     }

@@ -31,7 +31,7 @@ use podvisor_proto::agent::{self, Event, HelloResponse, event};
 use podvisor_proto::monitor::{
     ConfigureRequest, ContainerState, SandboxState, Snapshot, TimelineEntry, VmStatsResponse,
 };
-use podvisor_vmm::{SegmentMap, VmCounters};
+use podvisor_vmm::{FsHandle, SegmentMap, VmCounters};
 use thiserror::Error;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::sleep;
@@ -140,7 +140,9 @@ pub struct Parts {
     pub fds: FdTable,
     /// The pod's disk.
     pub disk: SegmentMap,
-    /// Its writable segment.
+    /// The VM's device for volumes.
+    pub fs: FsHandle,
+    /// The disk's writable segment.
     pub scratch: agent::Segment,
     /// Connects to a port of the guest.
     pub dial: Dial,
@@ -158,6 +160,7 @@ pub struct Pod {
     console: Console,
     fds: FdTable,
     layers: Layers,
+    fs: FsHandle,
     scratch: agent::Segment,
     dial: Dial,
     requested_ns: u64,
@@ -185,6 +188,7 @@ impl Pod {
             console: parts.console,
             fds: parts.fds,
             layers: Layers::new(parts.disk),
+            fs: parts.fs,
             scratch: parts.scratch,
             dial: parts.dial,
             requested_ns: parts.requested_ns,

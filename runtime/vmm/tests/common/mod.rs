@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use podvisor_vmm::qemu::{Accel, QemuConfig, TscMeter};
-use podvisor_vmm::{Backend, SegmentMap, VmConfig, Vmm, VsockDevice, VsockHandle};
+use podvisor_vmm::{Backend, FsDevice, SegmentMap, VmConfig, Vmm, VsockDevice, VsockHandle};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
