@@ -5,7 +5,7 @@ help:                ## this list
 
 build: image         ## everything: target/release/podvisor* and target/guest/
 	cargo build --locked --release -p podvisor-daemon -p podvisor-cli
-	install -m 755 target/x86_64-unknown-linux-gnu/pod/podvisor-{monitor,fs} target/release/
+	install -m 755 -t target/release target/x86_64-unknown-linux-gnu/pod/podvisor-monitor target/x86_64-unknown-linux-gnu/pod/podvisor-fs
 
 image:               ## what a pod's VM boots: target/guest/{vmlinux,bzImage,initramfs.cpio}
 	guest-image/build

@@ -1,5 +1,5 @@
 //! What is left of this process when it begins to serve: a root that holds the pod's shares and nothing else, the file
-//! capabilities it needs, no network, no other processes.
+//! capabilities it needs, no network, and the system calls of a file server.
 
 use std::fs;
 use std::io;
@@ -61,6 +61,7 @@ pub fn enter(shares: &Path) -> Result<OwnedFd, JailError> {
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     nix::unistd::setgroups(&[]).map_err(failed("setgroups"))?;
     drop_privileges().map_err(failed("capabilities"))?;
+    filter_system_calls().map_err(failed("system call filter"))?;
     Ok(descriptors)
 }
 
@@ -178,6 +179,24 @@ fn drop_privileges() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     set_capabilities(capabilities(), capabilities())
+}
+
+/// A call that is not in `seccomp/serve.json` ends the process from now on.
+fn filter_system_calls() -> io::Result<()> {
+    /// Bytes of a `struct sock_filter`.
+    const INSTRUCTION_BYTES: usize = 8;
+    let program: seccompiler::BpfProgram = include_bytes!(concat!(env!("OUT_DIR"), "/serve.bpf"))
+        .as_chunks::<INSTRUCTION_BYTES>()
+        .0
+        .iter()
+        .map(|bytes| seccompiler::sock_filter {
+            code: u16::from_ne_bytes([bytes[0], bytes[1]]),
+            jt: bytes[2],
+            jf: bytes[3],
+            k: u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+        })
+        .collect();
+    seccompiler::apply_filter(&program).map_err(io::Error::other)
 }
 
 /// What this process keeps, as a mask.

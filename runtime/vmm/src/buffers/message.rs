@@ -10,7 +10,7 @@ use super::{ChainBuffers, ChainError, GuestSlices, retry};
 use crate::device::Chain;
 
 /// Pieces of guest memory in a message. Linux' longest are 32 pages and the parts of a header.
-const MAX_PIECES: usize = 64;
+const MAX_PIECES: usize = 40;
 
 /// The writable part of a chain that stays with the device: guest addresses, checked when they are used.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ impl Room {
     /// Of this chain.
     ///
     /// # Errors
-    /// More than 64 descriptors.
+    /// More than 40 descriptors.
     pub fn of(chain: Chain<'_>) -> Result<Self, ChainError> {
         let mut ranges = Vec::new();
         for (index, descriptor) in chain.enumerate() {
@@ -80,7 +80,7 @@ impl GuestSlices<'_> {
     /// Sends `header` and all of this as one message, and consumes nothing.
     ///
     /// # Errors
-    /// As of `sendmsg(2)`; `WouldBlock` when the socket is full; `EMSGSIZE` for more than 64 slices.
+    /// As of `sendmsg(2)`; `WouldBlock` when the socket is full; `EMSGSIZE` for more than 40 slices.
     pub fn send_message(&self, socket: BorrowedFd<'_>, header: &[u8]) -> io::Result<()> {
         if self.slices.len() > MAX_PIECES {
             return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));

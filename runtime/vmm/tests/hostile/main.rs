@@ -165,4 +165,4 @@ macro_rules! hostile {
     };
 }
 
-hostile!(disk vsock net rng balloon);
+hostile!(disk vsock net rng balloon fs);
