@@ -16,6 +16,8 @@ pub const LIMIT: usize = 2 * 1024 * 1024;
 const POD: &str = "pod";
 /// Type of a mount that comes from the host: its source is below the root of the volumes.
 const VOLUME: &str = "volume";
+/// Type of a mount of an image: its source is the number of an image volume.
+const IMAGE: &str = "image";
 /// What `PATH` means where none is set, as in containerd.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -84,7 +86,7 @@ impl ContainerSpec {
                 return Err(SpecError::Missing(name));
             }
         }
-        for mount in spec.mounts.iter().filter(|mount| mount.kind == VOLUME) {
+        for mount in spec.mounts.iter().filter(|mount| is_volume(mount)) {
             let source = mount.source.clone().unwrap_or_default();
             let is_name = |component| matches!(component, Component::Normal(_));
             if source.as_os_str().is_empty() || !source.components().all(is_name) {
@@ -112,10 +114,11 @@ impl ContainerSpec {
         &self.0.process.cwd
     }
 
-    /// Fills in what is the guest's to say.
+    /// Fills in what is the guest's to say. `images`: a directory with the image volumes, by their numbers.
     pub fn complete(
         mut self,
         rootfs: &Path,
+        images: &Path,
         account: &Account,
         hostname: &str,
     ) -> Result<CompleteSpec, SpecError> {
@@ -131,18 +134,23 @@ impl ContainerSpec {
         if shares_ipc {
             // It comes with the ipc namespace (shm_open(3) and shmget(2) are one family), unless it is a volume.
             spec.mounts.retain(|mount| {
-                mount.destination != Path::new("/dev/shm") || mount.kind == VOLUME
+                mount.destination != Path::new("/dev/shm") || is_volume(mount)
             });
         }
         let own_files = pod_mounts(&spec.mounts, shares_ipc, spec.root.readonly);
-        let first_volume = spec.mounts.iter().position(|mount| mount.kind == VOLUME);
+        let first_volume = spec.mounts.iter().position(is_volume);
         // Volumes may be mounted below these.
         let place = first_volume.unwrap_or(spec.mounts.len());
         spec.mounts.splice(place..place, own_files);
-        for mount in spec.mounts.iter_mut().filter(|mount| mount.kind == VOLUME) {
+        for mount in &mut spec.mounts {
+            let place = match mount.kind.as_str() {
+                VOLUME => files::volumes(),
+                IMAGE => images.to_owned(),
+                _ => continue,
+            };
             "bind".clone_into(&mut mount.kind);
             let source = mount.source.take().unwrap_or_default();
-            mount.source = Some(files::volumes().join(source));
+            mount.source = Some(place.join(source));
         }
         complete_process(&mut spec.process, account);
         for namespace in &mut spec.linux.namespaces {
@@ -183,6 +191,10 @@ fn complete_process(process: &mut Process, account: &Account) {
             process.env.push(format!("{name}={value}"));
         }
     }
+}
+
+fn is_volume(mount: &Mount) -> bool {
+    mount.kind == VOLUME || mount.kind == IMAGE
 }
 
 /// Bind mounts of the pod's files, where the spec does not bring its own.
@@ -263,7 +275,7 @@ mod tests {
         let container = parse(&sample()).unwrap();
         assert_eq!(container.cwd(), Path::new("/work"));
         let complete = container
-            .complete(Path::new("/r"), &account(), "pod-1")
+            .complete(Path::new("/r"), Path::new("/i"), &account(), "pod-1")
             .unwrap();
         let spec = complete.spec;
         assert_eq!(spec.root.path, Path::new("/r"));
@@ -289,7 +301,7 @@ mod tests {
     fn the_pods_files_are_bound_unless_the_spec_brings_its_own() {
         let complete = parse(&sample())
             .unwrap()
-            .complete(Path::new("/r"), &account(), "pod-1")
+            .complete(Path::new("/r"), Path::new("/i"), &account(), "pod-1")
             .unwrap();
         let mounts = complete.spec.mounts;
         let sources = |destination: &str| {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use super::{
     Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, SPEC, State, bundle,
     check_id, fingerprint, kernel, lock,
 };
-use crate::disk::Range;
+use crate::disk::{DiskError, Range};
+use crate::image_volume;
 use crate::in_root::Root;
 use crate::oci::NamespaceKind;
 use crate::rootfs::Rootfs;
@@ -110,12 +112,11 @@ fn assemble(
 ) -> Result<Container, ContainerError> {
     let spec = ContainerSpec::parse(&request.spec)?;
     let hostname = assembly.sandbox.hostname()?.to_owned();
-    let layers = request
-        .layers
-        .iter()
-        .map(|segment| Range::try_from(*segment))
-        .collect::<Result<Vec<_>, _>>()?;
-    let layers = without_covered(layers);
+    let layers = without_covered(ranges(&request.layers)?);
+    let volumes = request.image_volumes.iter();
+    let volumes = volumes
+        .map(|volume| Ok(without_covered(ranges(&volume.layers)?)))
+        .collect::<Result<Vec<_>, DiskError>>()?;
     let rootfs = Rootfs::new(
         bundle(&request.id).join("rootfs"),
         files::scratch().join(&request.id),
@@ -123,15 +124,37 @@ fn assemble(
     if spec.has_volumes() {
         assembly.sandbox.mount_volumes()?;
     }
-    let directories = assembly.disk.acquire(&request.id, &layers)?;
+    let all: Vec<Range> = layers.iter().chain(volumes.iter().flatten()).copied().collect();
+    let directories = assembly.disk.acquire(&request.id, &all)?;
+    let (root, mut rest) = directories.split_at(layers.len());
+    let mut mount_volumes = || {
+        for (number, (asked, layers)) in request.image_volumes.iter().zip(&volumes).enumerate() {
+            let (directories, others) = rest.split_at(layers.len());
+            rest = others;
+            let sub_path = Path::new(&asked.sub_path);
+            let place = image_volumes(&request.id);
+            image_volume::mount(directories, sub_path, &place, &number.to_string())?;
+        }
+        Ok(())
+    };
     rootfs
-        .mount(&directories)
+        .mount(root)
         .map_err(ContainerError::from)
+        .and_then(|()| mount_volumes())
         .and_then(|()| write_bundle(spec, &request, &hostname, fingerprint, &rootfs))
         .inspect_err(|_| {
             let _ = clean_up(&request.id);
             assembly.disk.release(&request.id);
         })
+}
+
+fn ranges(segments: &[Segment]) -> Result<Vec<Range>, DiskError> {
+    segments.iter().map(|segment| Range::try_from(*segment)).collect()
+}
+
+/// Where a container's image volumes are.
+fn image_volumes(id: &str) -> PathBuf {
+    bundle(id).join("images")
 }
 
 /// Layers without those that appear again further up: overlayfs refuses a directory that is there twice,
@@ -160,7 +183,7 @@ fn write_bundle(
     root.directory(spec.cwd())
         .map_err(kernel("making the working directory"))?;
     let pod_pids = spec.shares(NamespaceKind::Pid);
-    let CompleteSpec { spec, devices } = spec.complete(rootfs.path(), &account, hostname)?;
+    let CompleteSpec { spec, devices } = spec.complete(rootfs.path(), &image_volumes(&request.id), &account, hostname)?;
 
     let bundle = bundle(&request.id);
     let write = |name: &str, content: serde_json::Result<Vec<u8>>| {
@@ -203,6 +226,7 @@ fn clean_up(id: &str) -> io::Result<()> {
     // The host has taken the container's volumes away. To see so is to forget what was known of files in them, which
     // the host keeps open until then. There may be none.
     let _ = fs::symlink_metadata(files::volumes().join(id));
+    image_volume::remove_all(&image_volumes(id))?;
     let bundle = bundle(id);
     Rootfs::new(bundle.join("rootfs"), files::scratch().join(id)).remove()?;
     match fs::remove_dir_all(bundle) {

@@ -41,7 +41,7 @@ impl Daemon {
     ) -> Result<String> {
         let pod = self.pods.find(&request.pod_sandbox_id)?;
         let monitor = pod.ready_monitor()?;
-        let config = request.config.ok_or(Error::Invalid {
+        let mut config = request.config.ok_or(Error::Invalid {
             field: "config",
             problem: "missing".into(),
         })?;
@@ -59,10 +59,23 @@ impl Daemon {
             .map_or("", |image| image.image.as_str());
         let image = self.find_image(image_name)?;
         let mut built = spec::build(&config, &sandbox_config, &image.config)?;
-        let volumes = volumes::open(volumes::parse(&config.mounts)?).await?;
+        let volumes::Volumes {
+            host: volumes,
+            images: image_volumes,
+        } = volumes::parse(&config.mounts)?;
+        let mut volume_images = Vec::with_capacity(image_volumes.len());
+        for volume in &image_volumes {
+            let found = self.images.resolve(&volume.image);
+            let image = found.ok_or_else(|| volume.failed("the node does not have it"))?;
+            if let Some(spec) = &mut config.mounts[volume.index].image {
+                spec.image_ref.clone_from(&image.id);
+            }
+            volume_images.push(image);
+        }
+        let volumes = volumes::open(volumes).await?;
         let id = ids::new_id()?;
         let mut mounts = built.spec.mounts().clone().unwrap_or_default();
-        mounts.extend(volumes::spec_mounts(&id, &volumes)?);
+        mounts.extend(volumes::spec_mounts(&id, &volumes, &image_volumes)?);
         built.spec.set_mounts(Some(mounts));
         let name = self.container_names.reserve(
             "container",
@@ -79,14 +92,12 @@ impl Daemon {
             config: Some(config.clone()),
         };
 
-        let mut layers = Vec::with_capacity(image.layers.len());
-        for layer in &image.layers {
-            let path = layer.path.clone();
-            let file = open_file(path, |path| File::open(path)).await?;
-            layers.push(monitor::Layer {
-                diff_id: layer.diff_id.clone(),
-                length: layer.length,
-                fd_token: monitor.send_fd(file).await?,
+        let layers = send_layers(&monitor, &image).await?;
+        let mut sent_volumes = Vec::with_capacity(volume_images.len());
+        for (volume, image) in image_volumes.into_iter().zip(volume_images) {
+            sent_volumes.push(monitor::ImageVolume {
+                layers: send_layers(&monitor, &image).await?,
+                sub_path: volume.sub_path,
             });
         }
         let mut request = monitor::CreateContainerRequest {
@@ -100,6 +111,7 @@ impl Daemon {
             terminal: config.tty,
             log_fd_token: send_log(&monitor, &record.log_path).await?,
             volumes_fd_token: Vec::new(),
+            image_volumes: sent_volumes,
         };
         // A task of its own, as with sandboxes: a caller that goes away leaves nothing half made.
         let daemon = Arc::clone(self);
@@ -334,6 +346,23 @@ fn running_monitor(container: &Container) -> Result<Arc<Monitor>> {
         )));
     }
     Pod::ready_monitor(&container.pod)
+}
+
+/// Opens an image's layers and hands them to the monitor.
+async fn send_layers(
+    monitor: &Monitor,
+    image: &podvisor_image::Image,
+) -> Result<Vec<monitor::Layer>> {
+    let mut layers = Vec::with_capacity(image.layers.len());
+    for layer in &image.layers {
+        let file = open_file(layer.path.clone(), |path| File::open(path)).await?;
+        layers.push(monitor::Layer {
+            diff_id: layer.diff_id.clone(),
+            length: layer.length,
+            fd_token: monitor.send_fd(file).await?,
+        });
+    }
+    Ok(layers)
 }
 
 /// Where a container's log is: absolute, or empty for none (CRI: either part empty means no log).

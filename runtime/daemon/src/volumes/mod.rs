@@ -31,8 +31,10 @@ pub use source::Source;
 /// Most mounts of a container. Each is a file descriptor of podvisord's for a moment.
 const MAX_VOLUMES: usize = 1024;
 
-/// Type of a mount in the spec whose source is below the root of the volumes (agent.proto, CreateContainer).
+/// Types of mounts in the spec (agent.proto, CreateContainer): the source is below the root of the volumes, or the number
+/// of an image volume.
 const SPEC_TYPE: &str = "volume";
+const SPEC_TYPE_IMAGE: &str = "image";
 
 /// A volume that CreateContainer asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,50 +53,115 @@ pub struct Volume {
     pub follows_host: bool,
 }
 
+/// An image that CreateContainer asks for as a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageVolume {
+    /// Its place in `config.mounts`.
+    pub index: usize,
+    /// Absolute, without `..`.
+    pub container_path: PathBuf,
+    /// The image, by reference or id.
+    pub image: String,
+    /// What of it is mounted; empty: all.
+    pub sub_path: String,
+}
+
+impl ImageVolume {
+    /// It cannot be mounted. How the message begins is the CRI's to say.
+    pub fn failed(&self, problem: &str) -> Error {
+        Error::Precondition(format!(
+            "ImageVolumeMountFailed: config.mounts[{}].image: {problem}",
+            self.index
+        ))
+    }
+}
+
+/// All volumes that a container asks for.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Volumes {
+    /// Of the node's files.
+    pub host: Vec<Volume>,
+    /// Of images.
+    pub images: Vec<ImageVolume>,
+}
+
 /// The volumes that a container asks for.
 ///
 /// # Errors
 /// What contradicts the CRI, or cannot be in a VM, with the field's path.
-pub fn parse(mounts: &[cri::Mount]) -> Result<Vec<Volume>> {
+pub fn parse(mounts: &[cri::Mount]) -> Result<Volumes> {
     if mounts.len() > MAX_VOLUMES {
         return Err(Error::Invalid {
             field: "config.mounts",
             problem: format!("{}: at most {MAX_VOLUMES}", mounts.len()),
         });
     }
-    mounts
-        .iter()
-        .enumerate()
-        .map(|(index, mount)| parse_one(index, mount))
-        .collect()
+    let mut volumes = Volumes::default();
+    for (index, mount) in mounts.iter().enumerate() {
+        match &mount.image {
+            Some(image) => volumes.images.push(parse_image(index, mount, image)?),
+            None => volumes.host.push(parse_host(index, mount)?),
+        }
+    }
+    Ok(volumes)
 }
 
-fn parse_one(index: usize, mount: &cri::Mount) -> Result<Volume> {
-    let refuse = |code, field, problem: &str| {
-        Err(Error::Mount {
-            index,
-            field,
-            problem: problem.to_owned(),
-            code,
-        })
-    };
-    let invalid = |field, problem: &str| refuse(Code::InvalidArgument, field, problem);
-    if mount.image.is_some() {
-        return refuse(Code::Unimplemented, "image", "an image volume in a VM");
+fn refuse<T>(index: usize, code: Code, field: &'static str, problem: &str) -> Result<T> {
+    Err(Error::Mount {
+        index,
+        field,
+        problem: problem.to_owned(),
+        code,
+    })
+}
+
+/// Where in the container.
+fn container_path(index: usize, mount: &cri::Mount) -> Result<PathBuf> {
+    let invalid = |problem| refuse(index, Code::InvalidArgument, "container_path", problem);
+    match absolute(&mount.container_path) {
+        Err(problem) => invalid(problem),
+        Ok(path) if path == Path::new("/") => invalid("is the container's root"),
+        Ok(path) if path.starts_with("/proc") => invalid("is in /proc"),
+        Ok(path) => Ok(path),
     }
+}
+
+fn parse_image(index: usize, mount: &cri::Mount, image: &cri::ImageSpec) -> Result<ImageVolume> {
+    let invalid = |field, problem| refuse(index, Code::InvalidArgument, field, problem);
+    if !mount.host_path.is_empty() {
+        return invalid("host_path", "set together with image");
+    }
+    if image.image.is_empty() {
+        return invalid("image", "names none");
+    }
+    if !mount.readonly {
+        return invalid("readonly", "not set: an image cannot be written to");
+    }
+    if mount.propagation() != cri::MountPropagation::PropagationPrivate {
+        return invalid("propagation", "of an image");
+    }
+    let sub_path = Path::new(&mount.image_sub_path);
+    let is_inside = sub_path
+        .components()
+        .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    if !is_inside {
+        return invalid("image_sub_path", "is not a path in the image");
+    }
+    Ok(ImageVolume {
+        index,
+        container_path: container_path(index, mount)?,
+        image: image.image.clone(),
+        sub_path: mount.image_sub_path.clone(),
+    })
+}
+
+fn parse_host(index: usize, mount: &cri::Mount) -> Result<Volume> {
+    let refuse = |code, field, problem: &str| refuse(index, code, field, problem);
+    let invalid = |field, problem: &str| refuse(Code::InvalidArgument, field, problem);
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return refuse(Code::Unimplemented, "uidMappings", "an id-mapped volume");
     }
-    let container_path = match absolute(&mount.container_path) {
-        Ok(path) => path,
-        Err(problem) => return invalid("container_path", problem),
-    };
-    if container_path == Path::new("/") {
-        return invalid("container_path", "is the container's root");
-    }
-    if container_path.starts_with("/proc") {
-        return invalid("container_path", "is in /proc");
-    }
+    let container_path = container_path(index, mount)?;
     let host_path = match absolute(&mount.host_path) {
         Ok(path) => path,
         Err(problem) => return invalid("host_path", problem),
@@ -150,13 +217,17 @@ fn absolute(path: &str) -> Result<PathBuf, &'static str> {
 ///
 /// # Errors
 /// None that a caller could cause.
-pub fn spec_mounts(container_id: &str, volumes: &[(Volume, Source)]) -> Result<Vec<Mount>> {
+pub fn spec_mounts(
+    container_id: &str,
+    volumes: &[(Volume, Source)],
+    images: &[ImageVolume],
+) -> Result<Vec<Mount>> {
     let mut mounts = Vec::new();
-    let mut add = |destination: PathBuf, source: PathBuf, read_only: bool| {
+    let mut add = |kind, destination: PathBuf, source: PathBuf, read_only: bool| {
         let access = if read_only { "ro" } else { "rw" };
         let mount = MountBuilder::default()
             .destination(destination)
-            .typ(SPEC_TYPE)
+            .typ(kind)
             .source(source)
             .options(["rbind", "rprivate", access].map(str::to_owned))
             .build()
@@ -167,14 +238,20 @@ pub fn spec_mounts(container_id: &str, volumes: &[(Volume, Source)]) -> Result<V
     for (volume, source) in volumes {
         let share = Path::new(container_id).join(volume.index.to_string());
         add(
+            SPEC_TYPE,
             volume.container_path.clone(),
             share.clone(),
             volume.read_only,
         )?;
         // The guest sees one file system where the host has several: what is read-only by itself says so on the host.
         for below in &source.writable_below {
-            add(volume.container_path.join(below), share.join(below), false)?;
+            let destination = volume.container_path.join(below);
+            add(SPEC_TYPE, destination, share.join(below), false)?;
         }
+    }
+    for (number, volume) in images.iter().enumerate() {
+        let source = number.to_string().into();
+        add(SPEC_TYPE_IMAGE, volume.container_path.clone(), source, true)?;
     }
     mounts.sort_by_key(|mount| mount.destination().components().count());
     Ok(mounts)

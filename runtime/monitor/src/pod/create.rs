@@ -115,13 +115,24 @@ impl Pod {
                 socket.ok_or_else(|| PodError::State("no socket for volumes came".to_owned()))?;
             self.fs.connect(socket.into());
         }
-        let segments = self.layers.acquire(&request.layers, &self.fds)?;
+        let layers: Vec<_> = all_layers(request).cloned().collect();
+        let mut segments = self.layers.acquire(&layers, &self.fds)?.into_iter();
+        // As many as were asked for, in the same order.
+        let mut take = |count| segments.by_ref().take(count).collect();
         let created = agent
             .create_container(agent::CreateContainerRequest {
                 id: request.id.clone(),
-                layers: segments,
+                layers: take(request.layers.len()),
                 spec: request.spec.clone(),
                 user: request.user.clone(),
+                image_volumes: request
+                    .image_volumes
+                    .iter()
+                    .map(|volume| agent::ImageVolume {
+                        layers: take(volume.layers.len()),
+                        sub_path: volume.sub_path.clone(),
+                    })
+                    .collect(),
             })
             .await;
         match created {
@@ -135,7 +146,7 @@ impl Pod {
 
     /// Takes a container that could not be created out of the guest.
     async fn undo_create(&self, agent: &crate::agent::Agent, request: &CreateContainerRequest) {
-        let diff_ids: Vec<String> = request.layers.iter().map(|l| l.diff_id.clone()).collect();
+        let diff_ids: Vec<String> = all_layers(request).map(|l| l.diff_id.clone()).collect();
         self.layers.release(&diff_ids);
         match agent.remove_container(&request.id).await {
             Ok(removed) => self.layers.unmap(&removed.released),
@@ -144,6 +155,15 @@ impl Pod {
             }
         }
     }
+}
+
+/// Those of the container's image, then those of its image volumes.
+pub fn all_layers(request: &CreateContainerRequest) -> impl Iterator<Item = &monitor::Layer> {
+    let volumes = request.image_volumes.iter();
+    request
+        .layers
+        .iter()
+        .chain(volumes.flat_map(|volume| &volume.layers))
 }
 
 /// Ids are 64 lower-case hexadecimal digits.
@@ -162,7 +182,9 @@ fn fingerprint(request: &CreateContainerRequest) -> u64 {
     let mut request = request.clone();
     request.log_fd_token.clear();
     request.volumes_fd_token.clear();
-    for layer in &mut request.layers {
+    let volumes = &mut request.image_volumes;
+    let of_volumes = volumes.iter_mut().flat_map(|volume| &mut volume.layers);
+    for layer in request.layers.iter_mut().chain(of_volumes) {
         layer.fd_token.clear();
     }
     let mut hasher = DefaultHasher::new();
