@@ -76,7 +76,10 @@ pub fn mount(
 
 /// What is at `sub_path` of an image.
 fn find(image: &Path, sub_path: &Path) -> io::Result<OwnedFd> {
-    if sub_path.components().any(|part| part == Component::ParentDir) {
+    if sub_path
+        .components()
+        .any(|part| part == Component::ParentDir)
+    {
         return Err(Errno::EINVAL.into());
     }
     let path = Path::new("/").join(sub_path);

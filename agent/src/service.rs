@@ -230,9 +230,7 @@ fn container_code(error: &ContainerError) -> Code {
         }
         ContainerError::State { .. }
         | ContainerError::Sandbox(SandboxError::NotConfigured)
-        | ContainerError::ImageVolume(
-            ImageVolumeError::Empty | ImageVolumeError::SubPath { .. },
-        )
+        | ContainerError::ImageVolume(ImageVolumeError::Empty | ImageVolumeError::SubPath { .. })
         | ContainerError::Launch(LaunchError::Failed {
             kind: FailureKind::Program | FailureKind::Gone,
             ..

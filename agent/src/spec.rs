@@ -6,7 +6,10 @@ use std::path::{Component, Path, PathBuf};
 use podvisor_proto::agent::ResolvedUser;
 
 use crate::device_filter::{DeviceFilter, DeviceFilterError};
-use crate::oci::{Mount, Namespace, NamespaceKind, Process, Root, Spec, User};
+use crate::oci::{
+    Device, DeviceKind, DeviceRule, Mount, Namespace, NamespaceKind, NodeKind, Process, Root, Spec,
+    User,
+};
 use crate::sandbox::files;
 use crate::user::Account;
 
@@ -109,6 +112,33 @@ impl ContainerSpec {
             .any(|namespace| namespace.kind == kind && namespace.path.is_some())
     }
 
+    /// Gives the container a block device, `number` as in `st_rdev`.
+    pub fn add_block_device(&mut self, path: PathBuf, number: u64, read_only: bool) {
+        let (major, minor) = (libc::major(number), libc::minor(number));
+        let linux = &mut self.0.linux;
+        linux.devices.push(Device {
+            path,
+            kind: NodeKind::Block,
+            major: major.into(),
+            minor: minor.into(),
+            file_mode: Some(0o660),
+            uid: None,
+            gid: None,
+        });
+        // Without rules all devices may be used.
+        let rules = &mut linux.resources.devices;
+        if !rules.is_empty() {
+            let access = if read_only { "rm" } else { "rwm" };
+            rules.push(DeviceRule {
+                allow: true,
+                kind: DeviceKind::Block,
+                major: Some(major.into()),
+                minor: Some(minor.into()),
+                access: Some(access.to_owned()),
+            });
+        }
+    }
+
     /// Where the process starts.
     pub fn cwd(&self) -> &Path {
         &self.0.process.cwd
@@ -133,9 +163,8 @@ impl ContainerSpec {
         hostname.clone_into(&mut spec.hostname);
         if shares_ipc {
             // It comes with the ipc namespace (shm_open(3) and shmget(2) are one family), unless it is a volume.
-            spec.mounts.retain(|mount| {
-                mount.destination != Path::new("/dev/shm") || is_volume(mount)
-            });
+            spec.mounts
+                .retain(|mount| mount.destination != Path::new("/dev/shm") || is_volume(mount));
         }
         let own_files = pod_mounts(&spec.mounts, shares_ipc, spec.root.readonly);
         let first_volume = spec.mounts.iter().position(is_volume);

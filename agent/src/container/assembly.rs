@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use podvisor_proto::agent::{CreateContainerRequest, ResolvedUser, Segment, User};
+use podvisor_proto::agent::{BlockDevice, CreateContainerRequest, ResolvedUser, Segment, User};
 
 use super::{
     Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, SPEC, State, bundle,
@@ -110,7 +110,7 @@ fn assemble(
     request: CreateContainerRequest,
     fingerprint: u64,
 ) -> Result<Container, ContainerError> {
-    let spec = ContainerSpec::parse(&request.spec)?;
+    let mut spec = ContainerSpec::parse(&request.spec)?;
     let hostname = assembly.sandbox.hostname()?.to_owned();
     let layers = without_covered(ranges(&request.layers)?);
     let volumes = request.image_volumes.iter();
@@ -124,8 +124,19 @@ fn assemble(
     if spec.has_volumes() {
         assembly.sandbox.mount_volumes()?;
     }
-    let all: Vec<Range> = layers.iter().chain(volumes.iter().flatten()).copied().collect();
+    let all: Vec<Range> = layers
+        .iter()
+        .chain(volumes.iter().flatten())
+        .copied()
+        .collect();
     let directories = assembly.disk.acquire(&request.id, &all)?;
+    for device in &request.block_devices {
+        let added = add_device(assembly, &request.id, device, &mut spec);
+        if let Err(error) = added {
+            assembly.disk.release(&request.id);
+            return Err(error);
+        }
+    }
     let (root, mut rest) = directories.split_at(layers.len());
     let mut mount_volumes = || {
         for (number, (asked, layers)) in request.image_volumes.iter().zip(&volumes).enumerate() {
@@ -148,8 +159,31 @@ fn assemble(
         })
 }
 
+/// Makes a segment a block device of the container's.
+fn add_device(
+    assembly: &mut Assembly,
+    id: &str,
+    device: &BlockDevice,
+    spec: &mut ContainerSpec,
+) -> Result<(), ContainerError> {
+    let path = PathBuf::from(&device.path);
+    if !path.is_absolute() {
+        return Err(ContainerError::Invalid(format!(
+            "{:?} is no device's path",
+            device.path
+        )));
+    }
+    let segment = Range::try_from(device.segment.unwrap_or_default())?;
+    let number = assembly.disk.add_device(id, segment)?;
+    spec.add_block_device(path, number, device.read_only);
+    Ok(())
+}
+
 fn ranges(segments: &[Segment]) -> Result<Vec<Range>, DiskError> {
-    segments.iter().map(|segment| Range::try_from(*segment)).collect()
+    segments
+        .iter()
+        .map(|segment| Range::try_from(*segment))
+        .collect()
 }
 
 /// Where a container's image volumes are.
@@ -183,7 +217,12 @@ fn write_bundle(
     root.directory(spec.cwd())
         .map_err(kernel("making the working directory"))?;
     let pod_pids = spec.shares(NamespaceKind::Pid);
-    let CompleteSpec { spec, devices } = spec.complete(rootfs.path(), &image_volumes(&request.id), &account, hostname)?;
+    let CompleteSpec { spec, devices } = spec.complete(
+        rootfs.path(),
+        &image_volumes(&request.id),
+        &account,
+        hostname,
+    )?;
 
     let bundle = bundle(&request.id);
     let write = |name: &str, content: serde_json::Result<Vec<u8>>| {

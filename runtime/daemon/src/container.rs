@@ -73,6 +73,10 @@ impl Daemon {
             volume_images.push(image);
         }
         let volumes = volumes::open(volumes).await?;
+        let devices = config.devices.clone();
+        let devices = tokio::task::spawn_blocking(move || volumes::open_devices(&devices))
+            .await
+            .map_err(|_| Error::Cancelled)??;
         let id = ids::new_id()?;
         let mut mounts = built.spec.mounts().clone().unwrap_or_default();
         mounts.extend(volumes::spec_mounts(&id, &volumes, &image_volumes)?);
@@ -100,6 +104,15 @@ impl Daemon {
                 sub_path: volume.sub_path,
             });
         }
+        let mut block_devices = Vec::with_capacity(devices.len());
+        for device in devices {
+            block_devices.push(monitor::BlockDevice {
+                fd_token: monitor.send_fd(device.file).await?,
+                length: device.length,
+                read_only: device.read_only,
+                path: device.container_path,
+            });
+        }
         let mut request = monitor::CreateContainerRequest {
             id: id.clone(),
             layers,
@@ -112,6 +125,7 @@ impl Daemon {
             log_fd_token: send_log(&monitor, &record.log_path).await?,
             volumes_fd_token: Vec::new(),
             image_volumes: sent_volumes,
+            block_devices,
         };
         // A task of its own, as with sandboxes: a caller that goes away leaves nothing half made.
         let daemon = Arc::clone(self);

@@ -55,9 +55,11 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
-    /// A mount of CreateContainer that cannot be.
-    #[error("config.mounts[{index}].{field}: {problem}")]
-    Mount {
+    /// A mount or a device of CreateContainer that cannot be.
+    #[error("config.{list}[{index}].{field}: {problem}")]
+    Element {
+        /// "mounts" or "devices".
+        list: &'static str,
         /// Which.
         index: usize,
         /// Which of its fields.
@@ -134,7 +136,7 @@ impl Error {
             Self::NotFound { .. } => Code::NotFound,
             Self::Ambiguous { .. } | Self::Invalid { .. } => Code::InvalidArgument,
             Self::NameTaken { .. } => Code::AlreadyExists,
-            Self::Mount { code, .. } => *code,
+            Self::Element { code, .. } => *code,
             Self::Precondition(_) => Code::FailedPrecondition,
             Self::Unsupported { .. } => Code::Unimplemented,
             Self::Monitor(status) => status.code(),

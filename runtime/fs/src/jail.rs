@@ -47,7 +47,10 @@ fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError
 pub fn enter(shares: &Path) -> Result<OwnedFd, JailError> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(failed("getrlimit"))?;
     let files = MAX_FILES.min(nr_open().unwrap_or(hard));
-    setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(failed("setrlimit"))?;
+    // Not everywhere may root raise it: then it is what it is.
+    setrlimit(Resource::RLIMIT_NOFILE, files, files)
+        .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+        .map_err(failed("setrlimit"))?;
     unshare(
         CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWNET

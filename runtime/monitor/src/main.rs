@@ -36,9 +36,7 @@ use anyhow::Context;
 use podvisor_proto::monitor::monitor_server::MonitorServer;
 use podvisor_proto::monitor::{SandboxState, Snapshot};
 use podvisor_vmm::qemu::TscMeter;
-use podvisor_vmm::{
-    Access, FsDevice, NetConfig, SegmentMap, VmConfig, VsockDevice, VsockListener,
-};
+use podvisor_vmm::{Access, FsDevice, NetConfig, SegmentMap, VmConfig, VsockDevice, VsockListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;

@@ -85,7 +85,11 @@ impl Daemon {
             if known.iter().any(|container| container.record.id == id) {
                 continue;
             }
-            warn!(sandbox = pod.id, container = id, "removing orphaned volumes");
+            warn!(
+                sandbox = pod.id,
+                container = id,
+                "removing orphaned volumes"
+            );
             if let Err(error) = self.remove_volumes(pod, &id).await {
                 warn!(%error, "cannot remove orphaned volumes");
             }

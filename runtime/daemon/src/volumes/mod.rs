@@ -8,9 +8,11 @@
 //! - here: what CreateContainer asks for, checked
 //! - [`source`]: the host's file, opened and cloned as a mount
 //! - [`lifecycle`]: when all of this happens
+//! - [`block`]: block devices of the node
 //! - [`server`]: podvisor-fs, and what is mounted there
 //! - [`mount`]: system calls
 
+mod block;
 mod lifecycle;
 mod mount;
 mod server;
@@ -24,6 +26,7 @@ use tonic::Code;
 
 use crate::error::{Error, Result};
 
+pub use block::{BlockDevice, open_devices};
 pub use lifecycle::open;
 pub use server::FsServer;
 pub use source::Source;
@@ -107,7 +110,8 @@ pub fn parse(mounts: &[cri::Mount]) -> Result<Volumes> {
 }
 
 fn refuse<T>(index: usize, code: Code, field: &'static str, problem: &str) -> Result<T> {
-    Err(Error::Mount {
+    Err(Error::Element {
+        list: "mounts",
         index,
         field,
         problem: problem.to_owned(),

@@ -22,7 +22,12 @@ pub fn clone(place: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// Sets `MOUNT_ATTR_*` and propagation (`MS_SLAVE` and its like, or 0) of a mount, and of those below it if `recursive`.
-pub fn set(mount: BorrowedFd<'_>, attributes: u64, propagation: u64, recursive: bool) -> io::Result<()> {
+pub fn set(
+    mount: BorrowedFd<'_>,
+    attributes: u64,
+    propagation: u64,
+    recursive: bool,
+) -> io::Result<()> {
     let change = libc::mount_attr {
         attr_set: attributes,
         attr_clr: 0,

@@ -156,7 +156,9 @@ impl FsServer {
         places().map_err(failed())?;
         self.inside(|| {
             for (volume, source) in volumes {
-                let place = Path::new("/").join(container_id).join(volume.index.to_string());
+                let place = Path::new("/")
+                    .join(container_id)
+                    .join(volume.index.to_string());
                 mount::attach(source.tree.as_fd(), &place)?;
             }
             Ok(())

@@ -29,7 +29,8 @@ impl Source {
     /// # Errors
     /// FAILED_PRECONDITION: there is nothing, or it cannot be mounted.
     pub fn open(volume: &Volume) -> Result<Self> {
-        Self::try_open(volume).map_err(|error| Error::Mount {
+        Self::try_open(volume).map_err(|error| Error::Element {
+            list: "mounts",
             index: volume.index,
             field: "host_path",
             problem: format!("{}: {error}", volume.host_path.display()),
@@ -49,12 +50,7 @@ impl Source {
         };
         mount::set(tree.as_fd(), 0, propagation, true)?;
         if volume.read_only {
-            mount::set(
-                tree.as_fd(),
-                libc::MOUNT_ATTR_RDONLY,
-                0,
-                volume.recursive,
-            )?;
+            mount::set(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, volume.recursive)?;
         }
         let writable_below = if volume.read_only && !volume.recursive {
             mounts_below(&std::fs::read_link(format!(
@@ -105,7 +101,10 @@ mod tests {
         let error = Source::open(&volume(&dir.path().join("missing"))).unwrap_err();
         assert_eq!(error.code(), Code::FailedPrecondition);
         let message = error.to_string();
-        assert!(message.starts_with("config.mounts[4].host_path: "), "{message}");
+        assert!(
+            message.starts_with("config.mounts[4].host_path: "),
+            "{message}"
+        );
     }
 
     #[test]

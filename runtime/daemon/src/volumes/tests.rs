@@ -28,14 +28,32 @@ fn what_contradicts_the_cri_names_its_field() {
     let slave = cri::MountPropagation::PropagationHostToContainer as i32;
     type Change = Box<dyn FnOnce(&mut cri::Mount)>;
     let cases: [(&str, Change); 9] = [
-        ("container_path", Box::new(|m| m.container_path = "data".into())),
+        (
+            "container_path",
+            Box::new(|m| m.container_path = "data".into()),
+        ),
         ("container_path", Box::new(|m| m.container_path.clear())),
-        ("container_path", Box::new(|m| m.container_path = "/a/../b".into())),
-        ("container_path", Box::new(|m| m.container_path = "/".into())),
-        ("container_path", Box::new(|m| m.container_path = "/proc/sys".into())),
+        (
+            "container_path",
+            Box::new(|m| m.container_path = "/a/../b".into()),
+        ),
+        (
+            "container_path",
+            Box::new(|m| m.container_path = "/".into()),
+        ),
+        (
+            "container_path",
+            Box::new(|m| m.container_path = "/proc/sys".into()),
+        ),
         ("host_path", Box::new(|m| m.host_path = "x".into())),
-        ("host_path", Box::new(|m| m.host_path = "/x/../../etc".into())),
-        ("recursive_read_only", Box::new(|m| m.recursive_read_only = true)),
+        (
+            "host_path",
+            Box::new(|m| m.host_path = "/x/../../etc".into()),
+        ),
+        (
+            "recursive_read_only",
+            Box::new(|m| m.recursive_read_only = true),
+        ),
         (
             "recursive_read_only",
             Box::new(move |m| {
@@ -58,7 +76,10 @@ fn a_vm_cannot_mount_on_the_host() {
     let shared = cri::MountPropagation::PropagationBidirectional as i32;
     let (code, message) = refused(|mount| mount.propagation = shared);
     assert_eq!(code, Code::FailedPrecondition);
-    assert!(message.contains("config.mounts[1].propagation"), "{message}");
+    assert!(
+        message.contains("config.mounts[1].propagation"),
+        "{message}"
+    );
 }
 
 #[test]

@@ -77,10 +77,13 @@ pub fn is_read_only(file: &OwnedFd) -> io::Result<bool> {
 }
 
 /// Reads entries of a directory from `offset` on into `buffer` (getdents64(2)). Returns the bytes read.
-pub fn read_directory(directory: &impl AsRawFd, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+pub fn read_directory(
+    directory: &impl AsRawFd,
+    offset: u64,
+    buffer: &mut [u8],
+) -> io::Result<usize> {
     // SAFETY: numbers.
-    let position =
-        unsafe { libc::lseek64(directory.as_raw_fd(), offset as i64, libc::SEEK_SET) };
+    let position = unsafe { libc::lseek64(directory.as_raw_fd(), offset as i64, libc::SEEK_SET) };
     Errno::result(position)?;
     // SAFETY: the kernel writes to `buffer` alone.
     let count = unsafe {

@@ -19,20 +19,21 @@ mod nodes;
 mod open_files;
 mod operations;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuse_backend_rs::api::filesystem::Entry;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::sys::stat::Mode;
 
 use host::Status;
-use nodes::{Identity, Node, Nodes};
+use nodes::{Identity, Node, Nodes, Place};
 use open_files::OpenFiles;
 
 /// How long the guest may take names and attributes for true without asking: not at all.
@@ -45,8 +46,17 @@ const NUMBERS_PER_SECOND_BITS: u32 = 24;
 pub struct Passthrough {
     nodes: RwLock<Nodes>,
     open: OpenFiles,
+    /// The mount of the root, in which there are only places for volumes.
+    root_mount: u64,
     /// /proc/self/fd.
     descriptors: OwnedFd,
+}
+
+/// A file that the guest knows, found again.
+struct Found {
+    /// Opened with `O_PATH`.
+    file: Arc<OwnedFd>,
+    node: Node,
 }
 
 impl Passthrough {
@@ -55,7 +65,8 @@ impl Passthrough {
     pub fn new(root: &Path, descriptors: OwnedFd) -> io::Result<Self> {
         let file = nix::fcntl::open(root, PATH_ONLY | OFlag::O_DIRECTORY, Mode::empty())?;
         let status = host::status(&file)?;
-        let root = node(Arc::new(file), &status);
+        let root_mount = status.mount;
+        let root = node(Place::Held(Arc::new(file)), &status);
         // A guest may know numbers of a process before this one: they must not be others' now.
         let first = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -63,6 +74,7 @@ impl Passthrough {
         Ok(Self {
             nodes: RwLock::new(Nodes::new(root, first)),
             open: OpenFiles::new(first),
+            root_mount,
             descriptors,
         })
     }
@@ -78,10 +90,27 @@ impl Passthrough {
     }
 
     /// What the guest means by a number.
-    fn node(&self, number: u64) -> io::Result<Node> {
-        // Whole entries are inserted and removed: a panic elsewhere leaves the map sound.
-        let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
-        nodes.get(number).cloned().ok_or_else(|| Errno::ESTALE.into())
+    fn node(&self, number: u64) -> io::Result<Found> {
+        let node = {
+            // Whole entries are inserted and removed: a panic elsewhere leaves the map sound.
+            let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
+            nodes.get(number).cloned().ok_or(Errno::ESTALE)?
+        };
+        let file = match &node.place {
+            Place::Held(file) => Arc::clone(file),
+            Place::Below { directory, path } => {
+                let how = OpenHow::new()
+                    .flags(PATH_ONLY)
+                    .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+                let file = openat2(directory, path, how).map_err(|_| Errno::ESTALE)?;
+                // Another one has its name: the guest's kernel looks again.
+                if host::status(&file)?.identity != node.identity {
+                    return Err(Errno::ESTALE.into());
+                }
+                Arc::new(file)
+            }
+        };
+        Ok(Found { file, node })
     }
 
     fn nodes(&self) -> std::sync::RwLockWriteGuard<'_, Nodes> {
@@ -89,22 +118,27 @@ impl Passthrough {
     }
 
     /// Finds `name` in a directory and tells the guest of it.
-    fn find(&self, parent: &Node, name: &CStr) -> io::Result<Entry> {
+    fn find(&self, parent: &Found, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
-        let file = openat(parent.file.as_fd(), name, PATH_ONLY, Mode::empty())?;
+        let file = Arc::new(openat(&parent.file, name, PATH_ONLY, Mode::empty())?);
         let status = host::status(&file)?;
-        let file = Arc::new(file);
+        let place = self.place(parent, name, &file, &status);
         let mut nodes = self.nodes();
         let number = match nodes.look_up(status.identity) {
-            Some((number, mount)) => {
+            Some((number, known)) => {
+                let moved = matches!(
+                    (&known.place, &place),
+                    (Place::Below { .. }, Place::Below { .. })
+                );
                 // A volume may be there twice, once read-only. To the guest it is one file, which it may write to if it
                 // may so by one of its names: its kernel knows by which.
-                if mount != status.mount && !host::is_read_only(&file)? {
-                    nodes.use_mount(number, Arc::clone(&file), status.mount);
+                if moved || known.mount != status.mount && !host::is_read_only(&file)? {
+                    known.place = place;
+                    known.mount = status.mount;
                 }
                 number
             }
-            None => nodes.add(node(file, &status)),
+            None => nodes.add(node(place, &status)),
         };
         Ok(Entry {
             inode: number,
@@ -116,6 +150,26 @@ impl Passthrough {
         })
     }
 
+    /// How the file `name` of a directory is to be found again.
+    fn place(&self, parent: &Found, name: &CStr, file: &Arc<OwnedFd>, status: &Status) -> Place {
+        let name = Path::new(OsStr::from_bytes(name.to_bytes()));
+        match &parent.node.place {
+            Place::Below { directory, path } => Place::Below {
+                directory: Arc::clone(directory),
+                path: path.join(name),
+            },
+            Place::Held(directory)
+                if status.mount != parent.node.mount && parent.node.mount != self.root_mount =>
+            {
+                Place::Below {
+                    directory: Arc::clone(directory),
+                    path: name.to_owned(),
+                }
+            }
+            Place::Held(_) => Place::Held(Arc::clone(file)),
+        }
+    }
+
     /// The attributes that the guest is to see.
     fn attributes(&self, file: &impl AsFd) -> io::Result<(libc::stat64, Duration)> {
         let status = host::status(file)?;
@@ -123,14 +177,19 @@ impl Passthrough {
     }
 
     /// Opens a file that was only found.
-    fn reopen(&self, node: &Node, flags: OFlag) -> io::Result<OwnedFd> {
-        if !matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) {
+    fn reopen(&self, found: &Found, flags: OFlag) -> io::Result<OwnedFd> {
+        if !matches!(found.node.kind, libc::S_IFREG | libc::S_IFDIR) {
             return Err(Errno::EBADF.into());
         }
         // The link in /proc is to be followed. The node's page cache is the truth: direct I/O ends there.
         let flags = flags & OPENED | OFlag::O_CLOEXEC;
-        let path = descriptor_path(&node.file);
-        Ok(openat(&self.descriptors, path.as_c_str(), flags, Mode::empty())?)
+        let path = descriptor_path(&found.file);
+        Ok(openat(
+            &self.descriptors,
+            path.as_c_str(),
+            flags,
+            Mode::empty(),
+        )?)
     }
 }
 
@@ -147,9 +206,9 @@ const OPENED: OFlag = OFlag::O_ACCMODE
     .union(OFlag::O_DSYNC)
     .union(OFlag::O_NOATIME);
 
-fn node(file: Arc<OwnedFd>, status: &Status) -> Node {
+fn node(place: Place, status: &Status) -> Node {
     Node {
-        file,
+        place,
         identity: status.identity,
         kind: status.attributes.st_mode & libc::S_IFMT,
         mount: status.mount,

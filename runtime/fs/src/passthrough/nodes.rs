@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The number of the root (FUSE_ROOT_ID).
@@ -19,16 +20,31 @@ pub struct Identity {
     pub number: u64,
 }
 
+/// How a file that the guest knows is found again.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// It is held open, with `O_PATH`.
+    Held(Arc<OwnedFd>),
+    /// By its path from a directory that is. Files of mounts *below* a volume are not held: the node could not unmount
+    /// them, for a guest remembers files for a long time.
+    Below {
+        /// In the volume's own mount.
+        directory: Arc<OwnedFd>,
+        /// From there.
+        path: PathBuf,
+    },
+}
+
 /// A file that the guest knows.
 #[derive(Clone, Debug)]
 pub struct Node {
-    /// Opened with `O_PATH`.
-    pub file: Arc<OwnedFd>,
+    /// Where.
+    pub place: Place,
     /// Which.
     pub identity: Identity,
     /// `S_IFMT` of its mode.
     pub kind: libc::mode_t,
-    /// The mount that `file` was found in.
+    /// The mount that it was found in.
     pub mount: u64,
 }
 
@@ -65,12 +81,12 @@ impl Nodes {
         self.known.get(&number).map(|known| &known.node)
     }
 
-    /// The number of a file that is known, which the guest is told once more, and the mount that it is used through.
-    pub fn look_up(&mut self, identity: Identity) -> Option<(u64, u64)> {
+    /// The number of a file that is known, which the guest is told once more, and the file as it is known.
+    pub fn look_up(&mut self, identity: Identity) -> Option<(u64, &mut Node)> {
         let number = *self.numbers.get(&identity)?;
         let known = self.known.get_mut(&number)?;
         known.lookups = known.lookups.saturating_add(1);
-        Some((number, known.node.mount))
+        Some((number, &mut known.node))
     }
 
     /// A new number for a file that is not known, which the guest is told.
@@ -80,14 +96,6 @@ impl Nodes {
         self.numbers.insert(node.identity, number);
         self.known.insert(number, Known { node, lookups: 1 });
         number
-    }
-
-    /// From now on the file is used through another of its mounts.
-    pub fn use_mount(&mut self, number: u64, file: Arc<OwnedFd>, mount: u64) {
-        if let Some(known) = self.known.get_mut(&number) {
-            known.node.file = file;
-            known.node.mount = mount;
-        }
     }
 
     /// The guest has forgotten a number as often as it was told.
@@ -133,7 +141,7 @@ mod tests {
 
     fn node(number: u64) -> Node {
         Node {
-            file: Arc::new(std::fs::File::open("/").unwrap().into()),
+            place: Place::Held(Arc::new(std::fs::File::open("/").unwrap().into())),
             identity: Identity {
                 device: (8, 1),
                 number,
@@ -143,17 +151,21 @@ mod tests {
         }
     }
 
+    fn found(nodes: &mut Nodes, number: u64) -> Option<u64> {
+        Some(nodes.look_up(node(number).identity)?.0)
+    }
+
     #[test]
     fn a_file_is_known_until_it_is_forgotten_as_often() {
         let mut nodes = Nodes::new(node(1), 0);
         let number = nodes.add(node(2));
         assert_ne!(number, ROOT);
-        assert_eq!(nodes.look_up(node(2).identity), Some((number, 7)));
+        assert_eq!(found(&mut nodes, 2), Some(number));
         nodes.forget(number, 1);
         assert!(nodes.get(number).is_some());
         nodes.forget(number, 1);
         assert!(nodes.get(number).is_none());
-        assert_eq!(nodes.look_up(node(2).identity), None);
+        assert_eq!(found(&mut nodes, 2), None);
         // Never the same number for another file.
         assert_ne!(nodes.add(node(3)), number);
     }
@@ -166,7 +178,7 @@ mod tests {
         let number = nodes.add(node(2));
         nodes.clear();
         assert!(nodes.get(number).is_none());
-        assert_eq!(nodes.look_up(node(1).identity), Some((ROOT, 7)));
+        assert_eq!(found(&mut nodes, 1), Some(ROOT));
     }
 
     #[test]

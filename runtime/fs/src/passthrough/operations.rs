@@ -88,7 +88,9 @@ impl Passthrough {
         if valid.contains(SetattrValid::SIZE) {
             let _strip = WithoutFsetid::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
             match handle {
-                Some(handle) => ftruncate(&self.open.get(handle, number)?.file, attributes.st_size)?,
+                Some(handle) => {
+                    ftruncate(&self.open.get(handle, number)?.file, attributes.st_size)?
+                }
                 None => ftruncate(self.reopen(&node, OFlag::O_WRONLY)?, attributes.st_size)?,
             }
         }
@@ -266,7 +268,13 @@ impl FileSystem for Passthrough {
         }
         let (from, to) = (self.node(from)?, self.node(to)?);
         let flags = RenameFlags::from_bits_retain(flags);
-        Ok(renameat2(from.file.as_fd(), old, to.file.as_fd(), new, flags)?)
+        Ok(renameat2(
+            from.file.as_fd(),
+            old,
+            to.file.as_fd(),
+            new,
+            flags,
+        )?)
     }
 
     fn link(&self, _: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -391,7 +399,12 @@ impl FileSystem for Passthrough {
     ) -> io::Result<()> {
         let open = self.open.get(handle, node)?;
         let mode = nix::fcntl::FallocateFlags::from_bits_retain(mode as i32);
-        Ok(nix::fcntl::fallocate(&open.file, mode, offset as i64, length as i64)?)
+        Ok(nix::fcntl::fallocate(
+            &open.file,
+            mode,
+            offset as i64,
+            length as i64,
+        )?)
     }
 
     fn lseek(
@@ -495,7 +508,7 @@ impl FileSystem for Passthrough {
         offset: u64,
         add: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
     ) -> io::Result<()> {
-        let device = self.node(number)?.identity.device;
+        let device = self.node(number)?.node.identity.device;
         let open = self.open.get(handle, number)?;
         let mut buffer = vec![0; (size as usize).min(MAX_ENTRIES)];
         let length = {
@@ -523,7 +536,13 @@ impl FileSystem for Passthrough {
         Ok(())
     }
 
-    fn fsyncdir(&self, context: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
+    fn fsyncdir(
+        &self,
+        context: &Context,
+        node: u64,
+        data_only: bool,
+        handle: u64,
+    ) -> io::Result<()> {
         self.fsync(context, node, data_only, handle)
     }
 

@@ -13,7 +13,10 @@ fn with(test: impl FnOnce(&Passthrough, &Path) + Send) {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             // SAFETY: numbers only. Of this thread alone (SECBIT_NO_SETUID_FIXUP).
-            assert_eq!(unsafe { libc::prctl(libc::PR_SET_SECUREBITS, 4, 0, 0, 0) }, 0);
+            assert_eq!(
+                unsafe { libc::prctl(libc::PR_SET_SECUREBITS, 4, 0, 0, 0) },
+                0
+            );
             let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
             let descriptors = nix::fcntl::open("/proc/self/fd", flags, Mode::empty()).unwrap();
             let files = Passthrough::new(dir.path(), descriptors).unwrap();
@@ -53,14 +56,24 @@ fn a_name_is_one_component() {
         fs::create_dir(dir.join("sub")).unwrap();
         let root = user(0, 0);
         for name in [c"..", c".", c"", c"sub/x", c"/etc", c"../x"] {
-            assert_eq!(code(files.lookup(&root, ROOT, name)), Some(libc::EINVAL), "{name:?}");
+            assert_eq!(
+                code(files.lookup(&root, ROOT, name)),
+                Some(libc::EINVAL),
+                "{name:?}"
+            );
             assert_eq!(code(files.unlink(&root, ROOT, name)), Some(libc::EINVAL));
-            assert_eq!(code(files.mkdir(&root, ROOT, name, 0o755, 0)), Some(libc::EINVAL));
+            assert_eq!(
+                code(files.mkdir(&root, ROOT, name, 0o755, 0)),
+                Some(libc::EINVAL)
+            );
             let renamed = files.rename(&root, ROOT, c"sub", ROOT, name, 0);
             assert_eq!(code(renamed), Some(libc::EINVAL));
         }
         let sub = files.lookup(&root, ROOT, c"sub").unwrap();
-        assert_eq!(code(files.lookup(&root, sub.inode, c"..")), Some(libc::EINVAL));
+        assert_eq!(
+            code(files.lookup(&root, sub.inode, c"..")),
+            Some(libc::EINVAL)
+        );
     });
 }
 
@@ -72,7 +85,10 @@ fn links_are_the_guests_to_follow_and_only_files_are_opened() {
         let root = user(0, 0);
         let link = files.lookup(&root, ROOT, c"link").unwrap();
         assert_eq!(files.readlink(&root, link.inode).unwrap(), b"/etc");
-        assert_eq!(code(files.lookup(&root, link.inode, c"passwd")), Some(libc::ENOTDIR));
+        assert_eq!(
+            code(files.lookup(&root, link.inode, c"passwd")),
+            Some(libc::ENOTDIR)
+        );
         assert_eq!(code(files.open(&root, link.inode, 0, 0)), Some(libc::EBADF));
         let fifo = files.lookup(&root, ROOT, c"fifo").unwrap();
         // Would wait for a writer.
@@ -90,7 +106,11 @@ fn new_files_belong_to_who_makes_them_whatever_the_directory_allows() {
         files.symlink(&who, c"x", ROOT, c"link").unwrap();
         for (name, mode) in [("file", 0o100_644), ("dir", 0o40750), ("link", 0o120_777)] {
             let made = fs::symlink_metadata(dir.join(name)).unwrap();
-            assert_eq!((made.uid(), made.gid(), made.mode()), (1234, 99, mode), "{name}");
+            assert_eq!(
+                (made.uid(), made.gid(), made.mode()),
+                (1234, 99, mode),
+                "{name}"
+            );
         }
         create(files, &user(0, 0), c"roots", libc::O_WRONLY);
         assert_eq!(dir.join("roots").metadata().unwrap().uid(), 0);
@@ -111,12 +131,18 @@ fn one_file_has_one_number_until_it_is_forgotten() {
         assert_eq!(code(files.lookup(&root, ROOT, c"a")), Some(libc::ENOENT));
         assert_eq!(files.getattr(&root, a.inode, None).unwrap().0.st_nlink, 1);
         files.forget(&root, a.inode, 2);
-        assert_eq!(code(files.getattr(&root, a.inode, None)), Some(libc::ESTALE));
+        assert_eq!(
+            code(files.getattr(&root, a.inode, None)),
+            Some(libc::ESTALE)
+        );
         assert_eq!(code(files.open(&root, 12345, 0, 0)), Some(libc::ESTALE));
         // Another guest's kernel knows nothing.
         let b = files.lookup(&root, ROOT, c"b").unwrap();
         files.init(FsOptions::all()).unwrap();
-        assert_eq!(code(files.getattr(&root, b.inode, None)), Some(libc::ESTALE));
+        assert_eq!(
+            code(files.getattr(&root, b.inode, None)),
+            Some(libc::ESTALE)
+        );
     });
 }
 
@@ -133,10 +159,14 @@ fn attributes() {
         new.st_size = 3;
         new.st_mtime = 1_000_000;
         new.st_mtime_nsec = 5;
-        let valid = SetattrValid::MODE | SetattrValid::UID | SetattrValid::SIZE | SetattrValid::MTIME;
+        let valid =
+            SetattrValid::MODE | SetattrValid::UID | SetattrValid::SIZE | SetattrValid::MTIME;
         let (set, _) = files.setattr(&root, file.inode, new, None, valid).unwrap();
         assert_eq!((set.st_mode, set.st_uid, set.st_gid), (0o100_600, 7, 0));
-        assert_eq!((set.st_size, set.st_mtime, set.st_mtime_nsec), (3, 1_000_000, 5));
+        assert_eq!(
+            (set.st_size, set.st_mtime, set.st_mtime_nsec),
+            (3, 1_000_000, 5)
+        );
         assert_eq!(fs::read(&path).unwrap(), b"123");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o4777)).unwrap();
         new.st_size = 1;
@@ -204,7 +234,9 @@ fn extended_attributes() {
         assert!(matches!(get(100), Ok(GetxattrReply::Value(value)) if value == b"value"));
         assert_eq!(code(get(1)), Some(libc::ERANGE));
         let list = files.listxattr(&root, file, u32::MAX);
-        assert!(matches!(list, Ok(ListxattrReply::Names(names)) if names.starts_with(b"user.test\0")));
+        assert!(
+            matches!(list, Ok(ListxattrReply::Names(names)) if names.starts_with(b"user.test\0"))
+        );
         files.removexattr(&root, file, name).unwrap();
         assert_eq!(code(get(100)), Some(libc::ENODATA));
     });

@@ -10,6 +10,7 @@ use tracing::{info, warn};
 
 use super::container::Container;
 use super::{Pod, PodError};
+use crate::agent::AgentError;
 use crate::log::LogSink;
 use crate::state::now_ns;
 
@@ -64,6 +65,7 @@ impl Pod {
             let removed = self.any_agent()?.remove_container(id).await?;
             self.layers.release(&container.diff_ids);
             self.layers.unmap(&removed.released);
+            self.block_devices.unmap(&removed.released);
         }
         self.containers().remove(id);
         self.state
@@ -115,8 +117,15 @@ impl Pod {
                 socket.ok_or_else(|| PodError::State("no socket for volumes came".to_owned()))?;
             self.fs.connect(socket.into());
         }
+        let block_devices = self.block_devices.map(&request.block_devices, &self.fds)?;
         let layers: Vec<_> = all_layers(request).cloned().collect();
-        let mut segments = self.layers.acquire(&layers, &self.fds)?.into_iter();
+        let segments = self.layers.acquire(&layers, &self.fds).inspect_err(|_| {
+            // The guest has not heard of them.
+            let devices = block_devices.iter();
+            let segments: Vec<_> = devices.filter_map(|device| device.segment).collect();
+            self.block_devices.unmap(&segments);
+        });
+        let mut segments = segments?.into_iter();
         // As many as were asked for, in the same order.
         let mut take = |count| segments.by_ref().take(count).collect();
         let created = agent
@@ -133,12 +142,19 @@ impl Pod {
                         sub_path: volume.sub_path.clone(),
                     })
                     .collect(),
+                block_devices: block_devices.clone(),
             })
             .await;
         match created {
             Ok(created) => Ok(created.user),
             Err(error) => {
                 self.undo_create(agent, request).await;
+                // An agent that has refused has none of them: it says so for those that it had.
+                let devices = block_devices.iter();
+                let segments: Vec<_> = devices.filter_map(|device| device.segment).collect();
+                if matches!(error, AgentError::Failed { .. }) {
+                    self.block_devices.unmap(&segments);
+                }
                 Err(error.into())
             }
         }
@@ -149,7 +165,10 @@ impl Pod {
         let diff_ids: Vec<String> = all_layers(request).map(|l| l.diff_id.clone()).collect();
         self.layers.release(&diff_ids);
         match agent.remove_container(&request.id).await {
-            Ok(removed) => self.layers.unmap(&removed.released),
+            Ok(removed) => {
+                self.layers.unmap(&removed.released);
+                self.block_devices.unmap(&removed.released);
+            }
             Err(error) => {
                 warn!(container = request.id, %error, "a failed create could not be undone");
             }
@@ -186,6 +205,9 @@ fn fingerprint(request: &CreateContainerRequest) -> u64 {
     let of_volumes = volumes.iter_mut().flat_map(|volume| &mut volume.layers);
     for layer in request.layers.iter_mut().chain(of_volumes) {
         layer.fd_token.clear();
+    }
+    for device in &mut request.block_devices {
+        device.fd_token.clear();
     }
     let mut hasher = DefaultHasher::new();
     request.encode_to_vec().hash(&mut hasher);

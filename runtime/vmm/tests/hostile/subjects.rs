@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::linux::net::SocketAddrExt as _;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::pin::{Pin, pin};
@@ -14,8 +14,8 @@ use std::task::{Context, Poll, Waker};
 
 use nix::sys::socket::{MsgFlags, recv, send};
 use podvisor_vmm::{
-    Access, BalloonDevice, BalloonHandle, DeviceEvent, FsDevice, FsHandle, NetDevice, RngDevice, Segment, SegmentDisk,
-    SegmentMap, Tap, VirtioDevice, VsockDevice, VsockHandle, VsockListener,
+    Access, BalloonDevice, BalloonHandle, DeviceEvent, FsDevice, FsHandle, NetDevice, RngDevice,
+    Segment, SegmentDisk, SegmentMap, Tap, VirtioDevice, VsockDevice, VsockHandle, VsockListener,
 };
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -530,7 +530,10 @@ impl Subject for Fs {
             .memory
             .read_slice(&mut got, GuestAddress(DATA))
             .unwrap();
-        assert_eq!(got[..16], [120, 0, 0, 0, 0, 0, 0, 0, 9, 9, 9, 9, 9, 9, 9, 9]);
+        assert_eq!(
+            got[..16],
+            [120, 0, 0, 0, 0, 0, 0, 0, 9, 9, 9, 9, 9, 9, 9, 9]
+        );
         assert_eq!(got[16..], [7; 104]);
     }
 }

@@ -126,8 +126,7 @@ impl FsDevice {
     ) -> Result<Sent, DeviceError> {
         let head = chain.head_index();
         let room = Room::of(chain.clone());
-        let (Ok(room), Ok((mut request, mut answer))) =
-            (room, self.buffers.collect(memory, chain))
+        let (Ok(room), Ok((mut request, mut answer))) = (room, self.buffers.collect(memory, chain))
         else {
             return Ok(Sent::Done(0));
         };

@@ -44,7 +44,9 @@ impl<'m> Rig<'m> {
     fn process(&mut self, event: DeviceEvent) -> u32 {
         let [high, requests] = &mut self.queues;
         let mut queues = [&mut high.queue, &mut requests.queue].map(QueueRef::new);
-        self.device.process(self.memory, &mut queues, event).unwrap()
+        self.device
+            .process(self.memory, &mut queues, event)
+            .unwrap()
     }
 
     /// Asks: a header of this operation and number, then `more` bytes; in a chain that begins at `first`.
@@ -95,7 +97,12 @@ fn answers_go_to_their_requests_in_any_order() {
     let memory = memory();
     let mut rig = Rig::new(&memory);
     let server = rig.connect();
-    rig.ask(0, GETATTR, 70, &[(ANSWER, 16, WRITE), (ANSWER + 0x100, 8, WRITE)]);
+    rig.ask(
+        0,
+        GETATTR,
+        70,
+        &[(ANSWER, 16, WRITE), (ANSWER + 0x100, 8, WRITE)],
+    );
     rig.ask(4, GETATTR, 71, &[(ANSWER + 0x200, 24, WRITE)]);
     let (first, request) = next(&server);
     assert_eq!((request.len(), &request[16..]), (56, &[1; 40][..]));
