@@ -360,23 +360,55 @@ fn containers_of_a_pod_share_files_pipes_and_sockets() {
             .file_type()
             .is_fifo()
     );
-    // The same file by all of its names: a lock is one lock.
-    rig.sh(
-        &one,
-        "touch /one/lock; flock -x /one/lock sleep 60 </dev/null >/dev/null 2>&1 &",
-    );
-    eventually("the lock is taken", || {
-        let tried = rig.sh(&two, "flock -n /two/lock true && echo free || echo taken");
-        (tried == "taken").then_some(())
-    });
-    let tried = rig.sh(&two, "flock -n /ro/lock true && echo free || echo taken");
-    assert_eq!(tried, "taken");
     // First seen read-only, still to be written by its other name.
     fs::write(data.join("both"), "x").expect("writes");
     assert_eq!(
         rig.sh(&two, "cat /ro/both; echo y >/two/both; cat /ro/both"),
         "xy"
     );
+}
+
+/// The node's root, for programs that the image has not.
+fn node() -> Value {
+    json!({"host_path": "/", "container_path": "/node", "readonly": true, "recursive_read_only": true})
+}
+
+#[test]
+fn a_lock_is_one_lock_in_all_containers() {
+    let rig = Rig::new("locks");
+    let (data, other) = (rig.directory("data"), rig.directory("other"));
+    fs::write(data.join("lock"), "").expect("writes");
+    // Where the node has these folders too: only there can they be mounted below its read-only root.
+    let inside = |path: &Path| format!("/node{}", path.display());
+    let flock = |path: PathBuf, then: &str| {
+        let path = path.display();
+        format!(
+            "chroot /node /usr/bin/python3 -c '
+import fcntl, os, time
+fcntl.flock(os.open(\"{path}\", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+{then}' 2>&1 || true"
+        )
+    };
+    let locks = flock(
+        data.join("lock"),
+        "print(\"locked\", flush=True); time.sleep(1000)",
+    );
+    let mut config = shell("locks", &busybox(), &locks);
+    config["mounts"] = json!([node(), volume(&data, &inside(&data))]);
+    rig.daemon.create_started(&rig.id, &rig.pod, &config);
+    logs::wait_for(&rig.pod.log("locks"), "locked");
+    let tries = rig.container(
+        "tries",
+        &[
+            node(),
+            volume(&data, &inside(&data)),
+            read_only(&data, &inside(&other)),
+        ],
+    );
+    for name in [data.join("lock"), other.join("lock")] {
+        let said = rig.sh(&tries, &flock(name, "print(\"free\")"));
+        assert!(said.contains("BlockingIOError"), "{said}");
+    }
 }
 
 #[test]
@@ -420,12 +452,6 @@ fn what_cannot_be_mounted_is_refused_and_leaves_nothing() {
         let path = format!("config.mounts[1].{field}: ");
         assert!(said.contains(&path), "{mount}: {said}");
     }
-    // Refused by the guest, when the host's part is made already.
-    let said = rig.refused(&[volume(&data, "/bin/busybox/x")]);
-    assert!(
-        said.contains("busybox") || said.contains("Not a directory"),
-        "{said}"
-    );
     rig.daemon.remove_pods();
     rig.daemon.assert_nothing_left();
 }
@@ -568,10 +594,9 @@ print("as it should be")
     let data = rig.directory("data");
     fs::write(data.join("script"), SCRIPT).expect("writes");
     let inside = data.to_str().expect("a path");
-    let node = json!({"host_path": "/", "container_path": "/node", "readonly": true, "recursive_read_only": true});
     // Below the other one: the longer path comes later, whatever was asked first.
     let below = volume(&data, &format!("/node{inside}"));
-    let c = rig.container("c", &[below, node]);
+    let c = rig.container("c", &[below, node()]);
     let script = format!("chroot /node /usr/bin/python3 {inside}/script {inside} 2>&1 || true");
     assert_eq!(rig.sh(&c, &script), "as it should be");
     assert!(
@@ -603,7 +628,10 @@ fn a_hundred_thousand_files() {
         }
     }
     let c = rig.container("c", &[volume(&data, "/v")]);
-    assert_eq!(rig.sh(&c, "find /v -type f | wc -l"), "100000");
+    assert_eq!(
+        rig.sh(&c, "for d in /v/*; do ls $d; done | wc -l"),
+        "100000"
+    );
 }
 
 #[test]
@@ -618,8 +646,7 @@ fn image_volumes() {
     let upper = Layer::new()
         .dir("dir")
         .file("dir/file", "upper")
-        .symlink("dir/out", "/etc/hosts")
-        .symlink("out", "/../../etc");
+        .symlink("out", "/../../run/podvisor");
     registry.push("volume-image:1", &Image::busybox_and(vec![lower, upper]));
     rig.daemon.crictl(&["pull", &name]).ok();
     let image = |path: &str, sub: &str| json!({"image": {"image": name}, "container_path": path, "readonly": true, "image_sub_path": sub});
@@ -628,7 +655,7 @@ fn image_volumes() {
         &[
             image("/all", ""),
             image("/dir", "dir"),
-            image("/one", "/dir/file"),
+            image("/one", "dir/file"),
         ],
     );
     assert_eq!(
@@ -652,7 +679,7 @@ fn image_volumes() {
 
     for (mount, problem) in [
         (image("/x", "missing"), "ImageVolumeMountFailed"),
-        (image("/x", "out/passwd"), "ImageVolumeMountFailed"),
+        (image("/x", "out/hosts"), "ImageVolumeMountFailed"),
         (image("/x", "../dir"), "config.mounts[0].image_sub_path: "),
         (
             json!({"image": {"image": "no/such:image"}, "container_path": "/x", "readonly": true}),

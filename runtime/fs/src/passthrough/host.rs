@@ -51,10 +51,12 @@ pub fn status(file: &impl AsFd) -> io::Result<Status> {
     attributes.st_mtime_nsec = statx.stx_mtime.tv_nsec.into();
     attributes.st_ctime = statx.stx_ctime.tv_sec;
     attributes.st_ctime_nsec = statx.stx_ctime.tv_nsec.into();
+    let is_directory = u32::from(statx.stx_mode) & libc::S_IFMT == libc::S_IFDIR;
     Ok(Status {
         identity: Identity {
             device: (statx.stx_dev_major, statx.stx_dev_minor),
             number: statx.stx_ino,
+            mount: is_directory.then_some(statx.stx_mnt_id),
         },
         mount: statx.stx_mnt_id,
         attributes,

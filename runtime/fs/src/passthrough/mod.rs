@@ -216,7 +216,7 @@ fn node(place: Place, status: &Status) -> Node {
 }
 
 fn shown(nodes: &mut Nodes, status: Status) -> libc::stat64 {
-    let Identity { device, number } = status.identity;
+    let Identity { device, number, .. } = status.identity;
     let mut attributes = status.attributes;
     attributes.st_ino = nodes.shown_number(device, number);
     attributes

@@ -11,13 +11,16 @@ pub const ROOT: u64 = 1;
 /// Bits of a host's file number that stay as they are; above them is the number of its file system.
 const FILE_BITS: u32 = 48;
 
-/// A file of the host, whatever names and mounts it has.
+/// A file of the host, whatever names it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
     /// File system, as `stx_dev_major` and `stx_dev_minor`.
     pub device: (u32, u32),
     /// Number in it.
     pub number: u64,
+    /// For a directory, its mount: what is below depends on it. Anything else is one by all of its mounts, so that
+    /// containers that have a volume each have one file: its locks, its pages.
+    pub mount: Option<u64>,
 }
 
 /// How a file that the guest knows is found again.
@@ -145,6 +148,7 @@ mod tests {
             identity: Identity {
                 device: (8, 1),
                 number,
+                mount: None,
             },
             kind: libc::S_IFDIR,
             mount: 7,
