@@ -453,7 +453,8 @@ impl Fs {
         let mut request = [0; 64];
         match recv(self.server.as_raw_fd(), &mut request, MsgFlags::empty()) {
             Ok(length @ 40..) => {
-                assert!(le32(&request, 0) as usize >= length, "its own length");
+                let said = u32::from_le_bytes(request[..4].try_into().unwrap());
+                assert!(said as usize >= length, "its own length");
                 request[8..16].try_into().ok()
             }
             _ => None,
