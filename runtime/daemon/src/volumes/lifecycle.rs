@@ -46,7 +46,7 @@ impl Daemon {
             return Ok(Vec::new());
         }
         let mut place = pod.volumes.lock().await;
-        let server = match self.fs_server(pod, &mut place).await {
+        let server = match self.fs_server(pod, &mut place) {
             Some(server) => server,
             None => self.start_fs(pod, &mut place).await?,
         };
@@ -72,7 +72,7 @@ impl Daemon {
     /// A later call goes on.
     pub async fn remove_volumes(&self, pod: &Pod, container_id: &str) -> Result<()> {
         let mut place = pod.volumes.lock().await;
-        let server = self.fs_server(pod, &mut place).await;
+        let server = self.fs_server(pod, &mut place);
         let dir = self.sandbox_dir(&pod.id);
         let container_id = container_id.to_owned();
         blocking(move || server::remove(server.as_deref(), &dir, &container_id)).await
@@ -97,11 +97,7 @@ impl Daemon {
     }
 
     /// The pod's podvisor-fs, if it runs.
-    async fn fs_server(
-        &self,
-        pod: &Pod,
-        place: &mut Option<Arc<FsServer>>,
-    ) -> Option<Arc<FsServer>> {
+    fn fs_server(&self, pod: &Pod, place: &mut Option<Arc<FsServer>>) -> Option<Arc<FsServer>> {
         let record = pod.record();
         if place.is_none() && record.fs_pid != 0 {
             let dir = self.sandbox_dir(&pod.id);

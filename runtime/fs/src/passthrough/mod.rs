@@ -10,8 +10,9 @@
 //! A name in a request is one component, never `.` or `..`, and never followed: paths are walked by the guest's kernel, one
 //! lookup a step. What is opened is a regular file or a directory; devices, pipes and sockets are the guest's own.
 //!
-//! Node and pod agree because nothing about names and attributes is kept by the guest: each use asks here. File contents
-//! are kept while a file is open, dropped when it is opened again or its size has changed, and written through at once.
+//! Node and pod agree because the guest keeps what it learns of names and attributes no longer than [`VALIDITY`], and then
+//! asks again. File contents are kept while a file is open, dropped when it is opened again or its size has changed, and
+//! written through at once.
 
 mod caller;
 mod host;
@@ -36,8 +37,9 @@ use host::Status;
 use nodes::{Identity, Node, Nodes, Place};
 use open_files::OpenFiles;
 
-/// How long the guest may take names and attributes for true without asking: not at all.
-const VALIDITY: Duration = Duration::ZERO;
+/// How long the guest may take names and attributes for true without asking. Less than people and probes notice, and
+/// enough for what belongs together: without, one `stat` of a path asks several times for each of its directories.
+const VALIDITY: Duration = Duration::from_millis(20);
 
 /// More files than a process finds in a second, as a power of two.
 const NUMBERS_PER_SECOND_BITS: u32 = 24;

@@ -1,6 +1,6 @@
 //! The requests of FUSE (linux/fuse.h), one method each.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd as _};
@@ -59,6 +59,41 @@ impl Passthrough {
         Ok(unlinkat(self.node(parent)?.file.as_fd(), name, flags)?)
     }
 
+    /// Calls `add` with the entries of a directory from `offset` on, with their numbers on the host, until it returns 0.
+    fn read_directory(
+        &self,
+        number: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        mut add: impl FnMut(DirEntry<'_>) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let open = self.open.get(handle, number)?;
+        let mut buffer = vec![0; (size as usize).min(MAX_ENTRIES)];
+        let length = {
+            let _position = open.position.lock().unwrap_or_else(PoisonError::into_inner);
+            host::read_directory(&open.file, offset, &mut buffer)?
+        };
+        let mut entries = &buffer[..length];
+        while let Some((entry, rest)) = host::first_entry(entries) {
+            entries = rest;
+            if entry.name == b"." || entry.name == b".." {
+                continue;
+            }
+            let entry = DirEntry {
+                ino: entry.number,
+                offset: entry.next,
+                type_: entry.kind.into(),
+                name: entry.name,
+            };
+            // No room for more: the guest asks again from there.
+            if add(entry)? == 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Sets what a request names, one after the other.
     fn set(
         &self,
@@ -89,7 +124,7 @@ impl Passthrough {
             let _strip = WithoutFsetid::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
             match handle {
                 Some(handle) => {
-                    ftruncate(&self.open.get(handle, number)?.file, attributes.st_size)?
+                    ftruncate(&self.open.get(handle, number)?.file, attributes.st_size)?;
                 }
                 None => ftruncate(self.reopen(&node, OFlag::O_WRONLY)?, attributes.st_size)?,
             }
@@ -143,6 +178,8 @@ impl FileSystem for Passthrough {
             | FsOptions::BIG_WRITES
             | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::PARALLEL_DIROPS
+            | FsOptions::DO_READDIRPLUS
+            | FsOptions::READDIRPLUS_AUTO
             | FsOptions::HANDLE_KILLPRIV_V2)
     }
 
@@ -509,31 +546,35 @@ impl FileSystem for Passthrough {
         add: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
     ) -> io::Result<()> {
         let device = self.node(number)?.node.identity.device;
-        let open = self.open.get(handle, number)?;
-        let mut buffer = vec![0; (size as usize).min(MAX_ENTRIES)];
-        let length = {
-            let _position = open.position.lock().unwrap_or_else(PoisonError::into_inner);
-            host::read_directory(&open.file, offset, &mut buffer)?
-        };
-        let mut entries = &buffer[..length];
-        let mut nodes = self.nodes();
-        while let Some((entry, rest)) = host::first_entry(entries) {
-            entries = rest;
-            if entry.name == b"." || entry.name == b".." {
-                continue;
-            }
-            let shown = DirEntry {
-                ino: nodes.shown_number(device, entry.number),
-                offset: entry.next,
-                type_: entry.kind.into(),
-                name: entry.name,
+        self.read_directory(number, handle, size, offset, |mut entry| {
+            entry.ino = self.nodes().shown_number(device, entry.ino);
+            add(entry)
+        })
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Context,
+        number: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let directory = self.node(number)?;
+        self.read_directory(number, handle, size, offset, |mut entry| {
+            let name = CString::new(entry.name)?;
+            let Ok(found) = self.find(&directory, &name) else {
+                // It was there a moment ago.
+                return Ok(1);
             };
-            // No room for more: the guest asks again from there.
-            if add(shown)? == 0 {
-                break;
+            entry.ino = found.attr.st_ino;
+            let added = add(entry, found);
+            if !matches!(added, Ok(1..)) {
+                self.nodes().forget(found.inode, 1);
             }
-        }
-        Ok(())
+            added
+        })
     }
 
     fn fsyncdir(

@@ -377,9 +377,10 @@ fn fill(mut room: GuestSlices<'_>, socket: &OwnedFd, header: [u8; OUT_HEADER_BYT
 
 /// Answers a request with an error. Returns the bytes written.
 fn refuse(answer: &mut GuestSlices<'_>, error: i32, unique: u64) -> u32 {
-    match answer.write(&out_header(error, unique)) {
-        true => OUT_HEADER_BYTES as u32,
-        false => 0,
+    if answer.write(&out_header(error, unique)) {
+        OUT_HEADER_BYTES as u32
+    } else {
+        0
     }
 }
 
