@@ -690,7 +690,7 @@ fn image_volumes() {
             "config.mounts[0].readonly: ",
         ),
     ] {
-        let said = rig.refused(&[mount.clone()]);
+        let said = rig.refused(std::slice::from_ref(&mount));
         assert!(said.contains(problem), "{mount}: {said}");
     }
     rig.daemon.remove_pods();

@@ -13,10 +13,8 @@ fn with(test: impl FnOnce(&Passthrough, &Path) + Send) {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             // SAFETY: numbers only. Of this thread alone (SECBIT_NO_SETUID_FIXUP).
-            assert_eq!(
-                unsafe { libc::prctl(libc::PR_SET_SECUREBITS, 4, 0, 0, 0) },
-                0
-            );
+            let set = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, 4, 0, 0, 0) };
+            assert_eq!(set, 0);
             let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
             let descriptors = nix::fcntl::open("/proc/self/fd", flags, Mode::empty()).unwrap();
             let files = Passthrough::new(dir.path(), descriptors).unwrap();
