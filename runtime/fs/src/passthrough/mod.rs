@@ -31,6 +31,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use fuse_backend_rs::api::filesystem::Entry;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::Mode;
 
 use host::Status;
@@ -50,6 +51,8 @@ pub struct Passthrough {
     open: OpenFiles,
     /// The mount of the root, in which there are only places for volumes.
     root_mount: u64,
+    /// Files that are held open because the guest knows them; others are found again by their paths.
+    hold_at_most: usize,
     /// /proc/self/fd.
     descriptors: OwnedFd,
 }
@@ -68,6 +71,7 @@ impl Passthrough {
         let file = nix::fcntl::open(root, PATH_ONLY | OFlag::O_DIRECTORY, Mode::empty())?;
         let status = host::status(&file)?;
         let root_mount = status.mount;
+        let (files, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let root = node(Place::Held(Arc::new(file)), &status);
         // A guest may know numbers of a process before this one: they must not be others' now.
         let first = SystemTime::now()
@@ -77,6 +81,7 @@ impl Passthrough {
             nodes: RwLock::new(Nodes::new(root, first)),
             open: OpenFiles::new(first),
             root_mount,
+            hold_at_most: (files / 2) as usize,
             descriptors,
         })
     }
@@ -101,15 +106,9 @@ impl Passthrough {
         let file = match &node.place {
             Place::Held(file) => Arc::clone(file),
             Place::Below { directory, path } => {
-                let how = OpenHow::new()
-                    .flags(PATH_ONLY)
-                    .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
-                let file = openat2(directory, path, how).map_err(|_| Errno::ESTALE)?;
-                // Another one has its name: the guest's kernel looks again.
-                if host::status(&file)?.identity != node.identity {
-                    return Err(Errno::ESTALE.into());
-                }
-                Arc::new(file)
+                let found = find_again(directory, path, node.identity);
+                // Moved or removed while it is open: it is what is open.
+                found.or_else(|error| self.open.any_of(number).ok_or(error))?
             }
         };
         Ok(Found { file, node })
@@ -124,8 +123,9 @@ impl Passthrough {
         check_name(name)?;
         let file = Arc::new(openat(&parent.file, name, PATH_ONLY, Mode::empty())?);
         let status = host::status(&file)?;
-        let place = self.place(parent, name, &file, &status);
         let mut nodes = self.nodes();
+        let hold = nodes.held() < self.hold_at_most;
+        let place = self.place(parent, name, &file, &status, hold);
         let number = match nodes.look_up(status.identity) {
             Some((number, known)) => {
                 let moved = matches!(
@@ -135,8 +135,7 @@ impl Passthrough {
                 // A volume may be there twice, once read-only. To the guest it is one file, which it may write to if it
                 // may so by one of its names: its kernel knows by which.
                 if moved || known.mount != status.mount && !host::is_read_only(&file)? {
-                    known.place = place;
-                    known.mount = status.mount;
+                    nodes.set_place(number, place, status.mount);
                 }
                 number
             }
@@ -153,7 +152,14 @@ impl Passthrough {
     }
 
     /// How the file `name` of a directory is to be found again.
-    fn place(&self, parent: &Found, name: &CStr, file: &Arc<OwnedFd>, status: &Status) -> Place {
+    fn place(
+        &self,
+        parent: &Found,
+        name: &CStr,
+        file: &Arc<OwnedFd>,
+        status: &Status,
+        hold: bool,
+    ) -> Place {
         let name = Path::new(OsStr::from_bytes(name.to_bytes()));
         match &parent.node.place {
             Place::Below { directory, path } => Place::Below {
@@ -161,7 +167,9 @@ impl Passthrough {
                 path: path.join(name),
             },
             Place::Held(directory)
-                if status.mount != parent.node.mount && parent.node.mount != self.root_mount =>
+                if !hold
+                    || status.mount != parent.node.mount
+                        && parent.node.mount != self.root_mount =>
             {
                 Place::Below {
                     directory: Arc::clone(directory),
@@ -207,6 +215,19 @@ const OPENED: OFlag = OFlag::O_ACCMODE
     .union(OFlag::O_SYNC)
     .union(OFlag::O_DSYNC)
     .union(OFlag::O_NOATIME);
+
+/// What is at a path, if it is that file.
+fn find_again(directory: &OwnedFd, path: &Path, identity: Identity) -> io::Result<Arc<OwnedFd>> {
+    let how = OpenHow::new()
+        .flags(PATH_ONLY)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let file = openat2(directory, path, how).map_err(|_| Errno::ESTALE)?;
+    // Another one has its name: the guest's kernel looks again.
+    if host::status(&file)?.identity != identity {
+        return Err(Errno::ESTALE.into());
+    }
+    Ok(Arc::new(file))
+}
 
 fn node(place: Place, status: &Status) -> Node {
     Node {

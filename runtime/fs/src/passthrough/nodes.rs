@@ -29,13 +29,19 @@ pub enum Place {
     /// It is held open, with `O_PATH`.
     Held(Arc<OwnedFd>),
     /// By its path from a directory that is. Files of mounts *below* a volume are not held: the node could not unmount
-    /// them, for a guest remembers files for a long time.
+    /// them, for a guest remembers files for a long time. Nor are more files than this process may have open.
     Below {
-        /// In the volume's own mount.
+        /// Where the path begins.
         directory: Arc<OwnedFd>,
         /// From there.
         path: PathBuf,
     },
+}
+
+impl Place {
+    fn is_held(&self) -> bool {
+        matches!(self, Self::Held(_))
+    }
 }
 
 /// A file that the guest knows.
@@ -61,6 +67,8 @@ struct Known {
 pub struct Nodes {
     known: HashMap<u64, Known>,
     numbers: HashMap<Identity, u64>,
+    /// How many are held open.
+    held: usize,
     next: u64,
     devices: HashMap<(u32, u32), u16>,
 }
@@ -71,6 +79,7 @@ impl Nodes {
         let mut nodes = Self {
             known: HashMap::new(),
             numbers: HashMap::new(),
+            held: 0,
             next: ROOT,
             devices: HashMap::new(),
         };
@@ -85,17 +94,33 @@ impl Nodes {
     }
 
     /// The number of a file that is known, which the guest is told once more, and the file as it is known.
-    pub fn look_up(&mut self, identity: Identity) -> Option<(u64, &mut Node)> {
+    pub fn look_up(&mut self, identity: Identity) -> Option<(u64, &Node)> {
         let number = *self.numbers.get(&identity)?;
         let known = self.known.get_mut(&number)?;
         known.lookups = known.lookups.saturating_add(1);
-        Some((number, &mut known.node))
+        Some((number, &known.node))
+    }
+
+    /// From now on a file is found at another place, of another mount.
+    pub fn set_place(&mut self, number: u64, place: Place, mount: u64) {
+        if let Some(known) = self.known.get_mut(&number) {
+            self.held -= usize::from(known.node.place.is_held());
+            self.held += usize::from(place.is_held());
+            known.node.place = place;
+            known.node.mount = mount;
+        }
+    }
+
+    /// How many files are held open.
+    pub fn held(&self) -> usize {
+        self.held
     }
 
     /// A new number for a file that is not known, which the guest is told.
     pub fn add(&mut self, node: Node) -> u64 {
         let number = self.next;
         self.next += 1;
+        self.held += usize::from(node.place.is_held());
         self.numbers.insert(node.identity, number);
         self.known.insert(number, Known { node, lookups: 1 });
         number
@@ -112,6 +137,7 @@ impl Nodes {
         known.lookups = known.lookups.saturating_sub(lookups);
         if known.lookups == 0 {
             let identity = known.node.identity;
+            self.held -= usize::from(known.node.place.is_held());
             self.known.remove(&number);
             self.numbers.remove(&identity);
         }
@@ -122,7 +148,9 @@ impl Nodes {
         let root = self.known.remove(&ROOT);
         self.known.clear();
         self.numbers.clear();
+        self.held = 0;
         if let Some(root) = root {
+            self.held = 1;
             self.numbers.insert(root.node.identity, ROOT);
             self.known.insert(ROOT, root);
         }
@@ -164,11 +192,13 @@ mod tests {
         let mut nodes = Nodes::new(node(1), 0);
         let number = nodes.add(node(2));
         assert_ne!(number, ROOT);
+        assert_eq!(nodes.held(), 2);
         assert_eq!(found(&mut nodes, 2), Some(number));
         nodes.forget(number, 1);
         assert!(nodes.get(number).is_some());
         nodes.forget(number, 1);
         assert!(nodes.get(number).is_none());
+        assert_eq!(nodes.held(), 1);
         assert_eq!(found(&mut nodes, 2), None);
         // Never the same number for another file.
         assert_ne!(nodes.add(node(3)), number);

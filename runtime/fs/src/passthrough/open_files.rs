@@ -73,6 +73,13 @@ impl OpenFiles {
         file.cloned().ok_or_else(|| Errno::EBADF.into())
     }
 
+    /// The file of a node, if it is open.
+    pub fn any_of(&self, node: u64) -> Option<Arc<OwnedFd>> {
+        let files = self.files.read().unwrap_or_else(PoisonError::into_inner);
+        let open = files.values().find(|file| file.node == node)?;
+        Some(Arc::new(open.file.try_clone().ok()?.into()))
+    }
+
     /// Closes it.
     pub fn remove(&self, handle: u64) {
         let file = {

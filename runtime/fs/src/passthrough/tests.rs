@@ -7,22 +7,26 @@ use fuse_backend_rs::api::filesystem::{Context, FileSystem as _};
 use super::nodes::ROOT;
 use super::*;
 
-/// Runs a test on files below a new directory, in a thread that may do as those of the process do.
-fn with(test: impl FnOnce(&Passthrough, &Path) + Send) {
-    let dir = tempfile::tempdir().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            // SAFETY: numbers only. Of this thread alone (SECBIT_NO_SETUID_FIXUP).
-            let set = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, 4, 0, 0, 0) };
-            assert_eq!(set, 0);
-            let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-            let descriptors = nix::fcntl::open("/proc/self/fd", flags, Mode::empty()).unwrap();
-            let files = Passthrough::new(dir.path(), descriptors).unwrap();
-            files.enter_thread().unwrap();
-            files.init(FsOptions::all()).unwrap();
-            test(&files, dir.path());
+/// Runs a test on files below a new directory, in a thread that may do as those of the process do; once with files held
+/// open, once with files found again by their paths.
+fn with(test: impl Fn(&Passthrough, &Path) + Sync) {
+    for hold_at_most in [usize::MAX, 0] {
+        let dir = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: numbers only. Of this thread alone (SECBIT_NO_SETUID_FIXUP).
+                let set = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, 4, 0, 0, 0) };
+                assert_eq!(set, 0);
+                let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+                let descriptors = nix::fcntl::open("/proc/self/fd", flags, Mode::empty()).unwrap();
+                let mut files = Passthrough::new(dir.path(), descriptors).unwrap();
+                files.hold_at_most = hold_at_most;
+                files.enter_thread().unwrap();
+                files.init(FsOptions::all()).unwrap();
+                test(&files, dir.path());
+            });
         });
-    });
+    }
 }
 
 fn user(uid: u32, gid: u32) -> Context {
@@ -237,5 +241,23 @@ fn extended_attributes() {
         );
         files.removexattr(&root, file, name).unwrap();
         assert_eq!(code(get(100)), Some(libc::ENODATA));
+    });
+}
+
+#[test]
+fn an_open_file_is_itself_whatever_becomes_of_its_name() {
+    with(|files, dir| {
+        let root = user(0, 0);
+        let (file, handle) = create(files, &root, c"file", libc::O_RDWR);
+        let size = || files.getattr(&root, file.inode, None).unwrap().0.st_size;
+        fs::write(dir.join("file"), "12345").unwrap();
+        fs::rename(dir.join("file"), dir.join("moved")).unwrap();
+        fs::write(dir.join("file"), "another one").unwrap();
+        assert_eq!(size(), 5);
+        fs::remove_file(dir.join("moved")).unwrap();
+        assert_eq!(size(), 5);
+        files
+            .release(&root, file.inode, 0, handle, false, false, None)
+            .unwrap();
     });
 }
