@@ -1,116 +1,17 @@
-//! Volumes: what of the node's files a container sees, and what the node sees of what it does there.
+//! Files as they are on both sides.
 
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Gid, Pid, Uid, chown};
-use podvisor_tests::crictl::{Pod, shell};
-use podvisor_tests::daemon::Daemon;
-use podvisor_tests::oci::{Image, Layer};
-use podvisor_tests::registry::{Registry, busybox};
-use podvisor_tests::{eventually, logs};
+use nix::unistd::{Gid, Uid, chown};
+use podvisor_tests::crictl::shell;
+use podvisor_tests::logs;
+use podvisor_tests::registry::busybox;
 use serde_json::{Value, json};
 
-/// A daemon with a pod, and a folder of the node's.
-struct Rig {
-    // Unmounted before the folder goes.
-    mounts: Vec<PathBuf>,
-    dir: PathBuf,
-    pod: Pod,
-    id: String,
-    daemon: Daemon,
-}
-
-/// Waits to be stopped.
-const WAITS: &str = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
-
-impl Rig {
-    fn new(name: &str) -> Self {
-        let daemon = Daemon::start();
-        daemon.crictl(&["pull", &busybox()]).ok();
-        let dir =
-            std::env::temp_dir().join(format!("podvisor-volumes-{name}-{}", std::process::id()));
-        fs::create_dir(&dir).expect("a fresh directory");
-        let pod = daemon.pod(name);
-        let id = daemon.run_pod(&pod);
-        Self {
-            mounts: Vec::new(),
-            dir,
-            pod,
-            id,
-            daemon,
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
-    }
-
-    fn directory(&self, name: &str) -> PathBuf {
-        let path = self.path(name);
-        fs::create_dir(&path).expect("a fresh directory");
-        path
-    }
-
-    /// Mounts a tmpfs in the folder, on the node.
-    fn tmpfs(&mut self, name: &str, size: &str) -> PathBuf {
-        let path = self.path(name);
-        fs::create_dir_all(&path).expect("a directory");
-        let options = format!("size={size}");
-        let flags = MsFlags::empty();
-        mount(Some("test"), &path, Some("tmpfs"), flags, Some(&*options)).expect("mounts");
-        self.mounts.push(path.clone());
-        path
-    }
-
-    /// A container with these mounts, which waits.
-    fn container(&self, name: &str, mounts: &[Value]) -> String {
-        self.container_with(name, mounts, json!({}))
-    }
-
-    fn container_with(&self, name: &str, mounts: &[Value], security: Value) -> String {
-        let mut config = shell(name, &busybox(), WAITS);
-        config["mounts"] = json!(mounts);
-        config["linux"]["security_context"] = security;
-        self.daemon.create_started(&self.id, &self.pod, &config)
-    }
-
-    /// What a script in a container prints.
-    fn sh(&self, container: &str, script: &str) -> String {
-        self.daemon.exec(container, &["sh", "-c", script])
-    }
-
-    /// What crictl says of a container that cannot be created.
-    fn refused(&self, mounts: &[Value]) -> String {
-        let mut config = shell("refused", &busybox(), "true");
-        config["mounts"] = json!(mounts);
-        let ran = self.daemon.try_create(&self.id, &self.pod, &config);
-        assert_ne!(ran.code, 0, "{}", ran.stdout);
-        ran.stderr
-    }
-}
-
-impl Drop for Rig {
-    fn drop(&mut self) {
-        for path in self.mounts.iter().rev() {
-            let _ = umount2(path, MntFlags::MNT_DETACH);
-        }
-        let _ = fs::remove_dir_all(&self.dir);
-    }
-}
-
-fn volume(host: &Path, container: &str) -> Value {
-    json!({"host_path": host, "container_path": container})
-}
-
-fn read_only(host: &Path, container: &str) -> Value {
-    json!({"host_path": host, "container_path": container, "readonly": true})
-}
+use super::{Rig, node, read_only, volume};
 
 #[test]
 fn node_and_pod_see_each_others_changes_at_once() {
@@ -198,48 +99,6 @@ fn files_are_mounted_as_files() {
     assert_eq!(fs::read_to_string(&message).expect("reads"), "the end\n");
     fs::write(&hosts, "5.6.7.8 later\n").expect("writes");
     assert_eq!(rig.sh(&c, "cat /etc/hosts"), "5.6.7.8 later");
-}
-
-#[test]
-fn read_only_volumes() {
-    let mut rig = Rig::new("readonly");
-    let data = rig.directory("data");
-    fs::write(data.join("file"), "x").expect("writes");
-    rig.tmpfs("data/below", "1m");
-    let recursive = json!({"host_path": data, "container_path": "/rro", "readonly": true, "recursive_read_only": true});
-    let c = rig.container(
-        "c",
-        &[read_only(&data, "/ro"), recursive, volume(&data, "/rw")],
-    );
-    let try_write = |path: &str| rig.sh(&c, &format!("echo y 2>&1 >{path} || true"));
-    for path in ["/ro/file", "/ro/new", "/rro/file", "/rro/below/new"] {
-        let said = try_write(path);
-        assert!(said.contains("Read-only file system"), "{path}: {said}");
-    }
-    // Of itself alone: what is mounted below is what it is.
-    assert_eq!(try_write("/ro/below/through-ro"), "");
-    assert_eq!(try_write("/rw/through-rw"), "");
-    assert_eq!(
-        rig.sh(&c, "ls /rro/below /rro"),
-        "/rro:\nbelow\nfile\nthrough-rw\n\n/rro/below:\nthrough-ro"
-    );
-    assert!(data.join("below/through-ro").exists() && data.join("through-rw").exists());
-}
-
-#[test]
-fn later_mounts_of_the_node_are_seen_as_asked() {
-    let mut rig = Rig::new("propagation");
-    let base = rig.tmpfs("base", "1m");
-    let nothing = None::<&str>;
-    mount(nothing, &base, nothing, MsFlags::MS_SHARED, nothing).expect("shares");
-    fs::create_dir(base.join("below")).expect("a directory");
-    let follows = json!({"host_path": base, "container_path": "/slave", "propagation": 1});
-    let c = rig.container("c", &[volume(&base, "/private"), follows]);
-    let below = rig.tmpfs("base/below", "1m");
-    fs::write(below.join("seen"), "").expect("writes");
-    assert_eq!(rig.sh(&c, "ls /slave/below; ls /private/below"), "seen");
-    umount2(&below, MntFlags::empty()).expect("nothing of the pod's holds it");
-    assert_eq!(rig.sh(&c, "ls /slave/below"), "");
 }
 
 /// As the kubelet lays out a ConfigMap: `..data` is a link to a folder with a new name each time.
@@ -368,11 +227,6 @@ fn containers_of_a_pod_share_files_pipes_and_sockets() {
     );
 }
 
-/// The node's root, for programs that the image has not.
-fn node() -> Value {
-    json!({"host_path": "/", "container_path": "/node", "readonly": true, "recursive_read_only": true})
-}
-
 #[test]
 fn a_lock_is_one_lock_in_all_containers() {
     let rig = Rig::new("locks");
@@ -409,112 +263,6 @@ fcntl.flock(os.open(\"{path}\", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         let said = rig.sh(&tries, &flock(name, "print(\"free\")"));
         assert!(said.contains("BlockingIOError"), "{said}");
     }
-}
-
-#[test]
-fn what_cannot_be_mounted_is_refused_and_leaves_nothing() {
-    let rig = Rig::new("refused");
-    let data = rig.directory("data");
-    let fine = volume(&data, "/fine");
-    for (mount, field) in [
-        (
-            json!({"host_path": "data", "container_path": "/x"}),
-            "host_path",
-        ),
-        (
-            json!({"host_path": data, "container_path": "x"}),
-            "container_path",
-        ),
-        (
-            json!({"host_path": "", "container_path": "/x"}),
-            "host_path",
-        ),
-        (volume(&rig.path("missing"), "/x"), "host_path"),
-        (volume(&data.join("../data"), "/x"), "host_path"),
-        (volume(&data, "/proc"), "container_path"),
-        (volume(&data, "/proc/sys/net"), "container_path"),
-        (volume(&data, "/"), "container_path"),
-        (
-            json!({"host_path": data, "container_path": "/x", "propagation": 2}),
-            "propagation",
-        ),
-        (
-            json!({"host_path": data, "container_path": "/x", "recursive_read_only": true}),
-            "recursive_read_only",
-        ),
-        (
-            json!({"host_path": data, "container_path": "/x", "readonly": true,
-                "recursive_read_only": true, "propagation": 1}),
-            "recursive_read_only",
-        ),
-    ] {
-        let said = rig.refused(&[fine.clone(), mount.clone()]);
-        let path = format!("config.mounts[1].{field}: ");
-        assert!(said.contains(&path), "{mount}: {said}");
-    }
-    rig.daemon.remove_pods();
-    rig.daemon.assert_nothing_left();
-}
-
-#[test]
-fn three_hundred_mounts() {
-    let rig = Rig::new("many");
-    let mounts: Vec<Value> = (0..300)
-        .map(|n| {
-            let data = rig.directory(&n.to_string());
-            fs::write(data.join("n"), format!("{n}\n")).expect("writes");
-            volume(&data, &format!("/v/{n}"))
-        })
-        .collect();
-    let c = rig.container("c", &mounts);
-    let expected: Vec<String> = (0..300).map(|n| n.to_string()).collect();
-    let read = rig.sh(&c, "for n in $(seq 0 299); do cat /v/$n/n; done");
-    assert_eq!(read.lines().collect::<Vec<_>>(), expected);
-}
-
-#[test]
-fn volumes_outlive_the_daemon() {
-    let mut rig = Rig::new("outlive");
-    let data = rig.directory("data");
-    let c = rig.container("c", &[volume(&data, "/v")]);
-    let gone = rig.container("gone", &[volume(&data, "/v")]);
-    rig.daemon.kill();
-    // The pod works on without podvisord; whether it does is asked when podvisord is back.
-    rig.daemon.restart();
-    rig.sh(&c, "echo still >/v/there");
-    assert_eq!(
-        fs::read_to_string(data.join("there")).expect("there"),
-        "still\n"
-    );
-    rig.daemon.crictl(&["rm", "-f", &gone]).ok();
-    let later = rig.container("later", &[volume(&data, "/w")]);
-    assert_eq!(rig.sh(&later, "cat /w/there"), "still");
-    rig.daemon.remove_pods();
-    rig.daemon.assert_nothing_left();
-}
-
-#[test]
-fn a_container_can_be_created_again_when_the_server_died() {
-    let rig = Rig::new("died");
-    let data = rig.directory("data");
-    fs::write(data.join("x"), "x").expect("writes");
-    let c = rig.container("c", &[volume(&data, "/v")]);
-    let server = rig.daemon.pod_resources().into_iter().find_map(|line| {
-        let process = line.strip_prefix("process: ")?;
-        let (pid, command) = process.split_once(' ')?;
-        command
-            .contains("podvisor-fs")
-            .then(|| pid.parse().expect("a number"))
-    });
-    kill(Pid::from_raw(server.expect("it runs")), Signal::SIGKILL).expect("kills");
-    // Nothing hangs.
-    eventually("the volume says that it is gone", || {
-        let said = rig.sh(&c, "cat /v/x 2>&1 || true");
-        (said != "x").then_some(())
-    });
-    let again = rig.container("again", &[volume(&data, "/v")]);
-    assert_eq!(rig.sh(&again, "cat /v/x; echo y >/v/y"), "x");
-    assert_eq!(fs::read_to_string(data.join("y")).expect("there"), "y\n");
 }
 
 /// What shells cannot do, in Python: the node's own, from its root, which the container has as a volume.
@@ -635,163 +383,17 @@ fn a_hundred_thousand_files() {
 }
 
 #[test]
-fn image_volumes() {
-    let rig = Rig::new("image");
-    let registry = Registry::shared();
-    let name = registry.name("volume-image:1");
-    let lower = Layer::new()
-        .dir("dir")
-        .file("dir/file", "lower")
-        .file("only", "here");
-    let upper = Layer::new()
-        .dir("dir")
-        .file("dir/file", "upper")
-        .symlink("out", "/../../run/podvisor");
-    registry.push("volume-image:1", &Image::busybox_and(vec![lower, upper]));
-    rig.daemon.crictl(&["pull", &name]).ok();
-    let image = |path: &str, sub: &str| json!({"image": {"image": name}, "container_path": path, "readonly": true, "image_sub_path": sub});
-    let c = rig.container(
-        "c",
-        &[
-            image("/all", ""),
-            image("/dir", "dir"),
-            image("/one", "dir/file"),
-        ],
-    );
-    assert_eq!(
-        rig.sh(&c, "cat /all/dir/file /all/only /dir/file /one"),
-        "upperhereupperupper"
-    );
-    let said = rig.sh(
-        &c,
-        "echo x 2>&1 >/all/new || true; /all/bin/busybox echo runs",
-    );
-    assert!(
-        said.contains("Read-only file system") && said.contains("runs"),
-        "{said}"
-    );
-    let mounts = &rig.daemon.inspect(&c)["mounts"];
-    let id = rig
-        .daemon
-        .crictl(&["images", "-q", "--no-trunc", &name])
-        .ok();
-    assert_eq!(mounts[0]["image"]["imageRef"], json!(id.trim()), "{mounts}");
-
-    for (mount, problem) in [
-        (image("/x", "missing"), "ImageVolumeMountFailed"),
-        (image("/x", "out/hosts"), "ImageVolumeMountFailed"),
-        (image("/x", "../dir"), "config.mounts[0].image_sub_path: "),
-        (
-            json!({"image": {"image": "no/such:image"}, "container_path": "/x", "readonly": true}),
-            "ImageVolumeMountFailed",
-        ),
-        (
-            json!({"image": {"image": name}, "container_path": "/x"}),
-            "config.mounts[0].readonly: ",
-        ),
-    ] {
-        let said = rig.refused(std::slice::from_ref(&mount));
-        assert!(said.contains(problem), "{mount}: {said}");
-    }
-    rig.daemon.remove_pods();
-    rig.daemon.assert_nothing_left();
-}
-
-/// A loop device, which is gone when it is dropped.
-struct Loop(String);
-
-impl Loop {
-    fn new(file: &Path) -> Self {
-        let device =
-            podvisor_tests::output_of(Command::new("losetup").args(["--find", "--show"]).arg(file));
-        Self(device.trim().to_owned())
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup")
-            .arg("--detach")
-            .arg(&self.0)
-            .status();
-    }
-}
-
-#[test]
-fn raw_block_devices() {
-    let rig = Rig::new("block");
-    let file = rig.path("disk");
-    let mut content = vec![0; 8 << 20];
-    content[..5].copy_from_slice(b"node\n");
-    fs::write(&file, &content).expect("writes");
-    let device = Loop::new(&file);
-    let create = |name: &str, devices: Value| {
-        let mut config = shell(name, &busybox(), WAITS);
-        config["devices"] = devices;
-        rig.daemon.try_create(&rig.id, &rig.pod, &config)
-    };
-    let c = create(
-        "c",
-        json!([
-            {"host_path": device.0, "container_path": "/dev/raw", "permissions": "rwm"},
-            {"host_path": device.0, "container_path": "/dev/sub/readonly", "permissions": "r"},
-        ]),
-    )
-    .ok();
-    let c = c.trim();
-    rig.daemon.crictl(&["start", c]).ok();
-    let size = "dd if=/dev/raw bs=1M 2>/dev/null | wc -c";
-    assert_eq!(
-        rig.sh(c, &format!("head -n 1 /dev/raw; {size}")),
-        "node\n8388608"
-    );
-    rig.sh(
-        c,
-        "printf pod | dd of=/dev/raw bs=1 seek=4096 conv=fsync,notrunc 2>/dev/null",
-    );
-    let written = fs::read(&file).expect("reads");
-    assert_eq!(&written[4096..4099], b"pod");
-    let said = rig.sh(
-        c,
-        "dd if=/dev/zero of=/dev/sub/readonly bs=4k count=1 conv=fsync 2>&1 || true",
-    );
-    assert!(
-        said.contains("error") || said.contains("not permitted"),
-        "{said}"
-    );
-    // Free for others when the container is gone.
-    rig.daemon.crictl(&["rm", "-f", c]).ok();
-    nix::fcntl::open(
-        Path::new(&device.0),
-        nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_EXCL,
-        nix::sys::stat::Mode::empty(),
-    )
-    .expect("nobody has it");
-
-    for (wrong, field) in [
-        (
-            json!({"host_path": "/dev/missing", "container_path": "/dev/x"}),
-            "host_path",
-        ),
-        (
-            json!({"host_path": "/dev/null", "container_path": "/dev/x"}),
-            "host_path",
-        ),
-        (
-            json!({"host_path": device.0, "container_path": "x"}),
-            "container_path",
-        ),
-        (
-            json!({"host_path": device.0, "container_path": "/x", "permissions": "rx"}),
-            "permissions",
-        ),
-    ] {
-        let ran = create("refused", json!([wrong]));
-        let path = format!("config.devices[0].{field}: ");
-        assert!(
-            ran.code != 0 && ran.stderr.contains(&path),
-            "{wrong}: {}",
-            ran.stderr
-        );
-    }
+fn three_hundred_mounts() {
+    let rig = Rig::new("many");
+    let mounts: Vec<Value> = (0..300)
+        .map(|n| {
+            let data = rig.directory(&n.to_string());
+            fs::write(data.join("n"), format!("{n}\n")).expect("writes");
+            volume(&data, &format!("/v/{n}"))
+        })
+        .collect();
+    let c = rig.container("c", &mounts);
+    let expected: Vec<String> = (0..300).map(|n| n.to_string()).collect();
+    let read = rig.sh(&c, "for n in $(seq 0 299); do cat /v/$n/n; done");
+    assert_eq!(read.lines().collect::<Vec<_>>(), expected);
 }
