@@ -5,7 +5,7 @@ help:                ## this list
 
 build: image         ## everything: target/release/podvisor* and target/guest/
 	cargo build --locked --release -p podvisor-daemon -p podvisor-cli
-	install -m 755 target/x86_64-unknown-linux-gnu/pod/podvisor-monitor target/release/
+	install -m 755 -t target/release target/x86_64-unknown-linux-gnu/pod/podvisor-monitor target/x86_64-unknown-linux-gnu/pod/podvisor-fs
 
 image:               ## what a pod's VM boots: target/guest/{vmlinux,bzImage,initramfs.cpio}
 	guest-image/build
@@ -31,7 +31,7 @@ instructions:        ## what each virtio device takes for a request, counted by 
 	scripts/instructions
 
 install: build       ## binaries, guest image and, if there is none, a configuration, below DESTDIR
-	install -D -t $(DESTDIR)/usr/bin target/release/podvisord target/release/podvisor-monitor target/release/podvisor
+	install -D -t $(DESTDIR)/usr/bin target/release/podvisord target/release/podvisor-monitor target/release/podvisor-fs target/release/podvisor
 	install -D -m 644 -t $(DESTDIR)/usr/lib/podvisor target/guest/vmlinux target/guest/initramfs.cpio
 	[ -e $(DESTDIR)/etc/podvisor/config.toml ] || install -D -m 644 -t $(DESTDIR)/etc/podvisor runtime/daemon/config.toml
 

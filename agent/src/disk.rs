@@ -97,6 +97,13 @@ pub struct Disk {
     path: PathBuf,
     numbers: Numbers,
     layers: HashMap<Range, Layer>,
+    devices: HashMap<Range, Device>,
+}
+
+/// A block device of one container's.
+struct Device {
+    number: u32,
+    user: String,
 }
 
 struct Layer {
@@ -111,6 +118,7 @@ impl Disk {
             path,
             numbers: Numbers::default(),
             layers: HashMap::new(),
+            devices: HashMap::new(),
         }
     }
 
@@ -133,6 +141,16 @@ impl Disk {
             let _ = self.delete_partition(segment, number);
             segment.error("mounting the scratch area", source)
         })
+    }
+
+    /// Makes `segment` a block device for `user`, which nobody else has. Returns its number (`st_rdev`).
+    pub fn add_device(&mut self, user: &str, segment: Range) -> Result<u64, DiskError> {
+        let number = self.add_partition(segment)?;
+        let user = user.to_owned();
+        self.devices.insert(segment, Device { number, user });
+        let status = nix::sys::stat::stat(&self.device(number));
+        let status = status.map_err(|error| segment.error("finding the device", error))?;
+        Ok(status.st_rdev)
     }
 
     /// Mounts `segments` (lowest layer first) for `user`, each where it is mounted already if it is.
@@ -165,6 +183,20 @@ impl Disk {
             match self.unmount_layer(range, number) {
                 Ok(()) => {
                     self.layers.remove(&range);
+                    released.push(range.into());
+                }
+                Err(error) => crate::kmsg::error!("{error}"),
+            }
+        }
+        let devices = self.devices.iter();
+        let devices: Vec<(Range, u32)> = devices
+            .filter(|(_, device)| device.user == user)
+            .map(|(range, device)| (*range, device.number))
+            .collect();
+        for (range, number) in devices {
+            match self.delete_partition(range, number) {
+                Ok(()) => {
+                    self.devices.remove(&range);
                     released.push(range.into());
                 }
                 Err(error) => crate::kmsg::error!("{error}"),

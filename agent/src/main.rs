@@ -22,6 +22,7 @@
 //! | [`network`]       | interfaces, addresses, routes                                            |
 //! | [`disk`]          | segments of the pod's disk as partitions, layers mounted once            |
 //! | [`mount`]         | mounts by file descriptors, mount options                                |
+//! | [`image_volume`]  | images as volumes                                                        |
 //! | [`rootfs`]        | a container's root: layers under an overlay                              |
 //! | [`in_root`]       | files of a container's root, opened without following it outside         |
 //! | [`user`]          | who a process runs as, by the image's own files                          |
@@ -45,6 +46,7 @@ mod disk;
 mod events;
 mod fd;
 mod guest;
+mod image_volume;
 mod in_root;
 mod init;
 mod kmsg;

@@ -18,6 +18,8 @@ use crate::sysctl::{self, SysctlError};
 
 /// Where everything of the pod is.
 pub const DIRECTORY: &str = "/run/podvisor";
+/// Name of the VM's virtio-fs device.
+const VOLUMES_TAG: &str = "volumes";
 const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
 /// A difference between guest and host clock that nobody sees: 1 ms.
 const CLOCK_TOLERANCE_NS: u64 = 1_000_000;
@@ -91,6 +93,11 @@ pub mod files {
         file("shm")
     }
 
+    /// The host's files: a directory for each container that has some.
+    pub fn volumes() -> PathBuf {
+        file("volumes")
+    }
+
     /// Holds each container's writable layer.
     pub fn scratch() -> PathBuf {
         file("scratch")
@@ -106,6 +113,7 @@ pub mod files {
 #[derive(Default)]
 pub struct Sandbox {
     configured: Option<ConfigureSandboxRequest>,
+    has_volumes: bool,
 }
 
 impl Sandbox {
@@ -145,6 +153,25 @@ impl Sandbox {
         // Last: what came before can be done twice, should this fail and be asked for again.
         disk.mount_scratch(scratch, &files::scratch())?;
         self.configured = Some(request);
+        Ok(())
+    }
+
+    /// Mounts the volumes, if they are not yet. Waits for the host to answer.
+    pub fn mount_volumes(&mut self) -> Result<(), SandboxError> {
+        if self.has_volumes {
+            return Ok(());
+        }
+        let target = files::volumes();
+        fs::create_dir_all(&target).map_err(kernel("making a directory for volumes"))?;
+        mount(
+            Some(VOLUMES_TAG),
+            &target,
+            Some("virtiofs"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .map_err(kernel("mounting the volumes"))?;
+        self.has_volumes = true;
         Ok(())
     }
 

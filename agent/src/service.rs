@@ -16,6 +16,7 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::container::{ContainerError, Pod};
 use crate::disk::DiskError;
+use crate::image_volume::ImageVolumeError;
 use crate::kmsg;
 use crate::launcher::{FailureKind, LaunchError};
 use crate::network::{self, NetworkError};
@@ -229,6 +230,7 @@ fn container_code(error: &ContainerError) -> Code {
         }
         ContainerError::State { .. }
         | ContainerError::Sandbox(SandboxError::NotConfigured)
+        | ContainerError::ImageVolume(ImageVolumeError::Empty | ImageVolumeError::SubPath { .. })
         | ContainerError::Launch(LaunchError::Failed {
             kind: FailureKind::Program | FailureKind::Gone,
             ..
@@ -264,6 +266,7 @@ fn container_code(error: &ContainerError) -> Code {
         | ContainerError::Sandbox(SandboxError::Disk(_) | SandboxError::Kernel { .. })
         | ContainerError::Disk(_)
         | ContainerError::Rootfs(_)
+        | ContainerError::ImageVolume(ImageVolumeError::Mount(_))
         | ContainerError::Launch(_)
         | ContainerError::Kernel { .. } => Code::Internal,
     }

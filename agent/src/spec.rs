@@ -1,12 +1,15 @@
 //! Completes the OCI runtime spec that came from the host: root, user, namespaces, control group, and
 //! the pod's own files. The result is what the launcher runs.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use podvisor_proto::agent::ResolvedUser;
 
 use crate::device_filter::{DeviceFilter, DeviceFilterError};
-use crate::oci::{Mount, Namespace, NamespaceKind, Process, Root, Spec, User};
+use crate::oci::{
+    Device, DeviceKind, DeviceRule, Mount, Namespace, NamespaceKind, NodeKind, Process, Root, Spec,
+    User,
+};
 use crate::sandbox::files;
 use crate::user::Account;
 
@@ -14,6 +17,10 @@ use crate::user::Account;
 pub const LIMIT: usize = 2 * 1024 * 1024;
 /// In place of a path: the namespace that the pod's containers share.
 const POD: &str = "pod";
+/// Type of a mount that comes from the host: its source is below the root of the volumes.
+const VOLUME: &str = "volume";
+/// Type of a mount of an image: its source is the number of an image volume.
+const IMAGE: &str = "image";
 /// What `PATH` means where none is set, as in containerd.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -35,6 +42,9 @@ pub enum SpecError {
     /// Not shared between containers.
     #[error("namespace {} cannot be the pod's", .0.file_name())]
     NotShared(NamespaceKind),
+    /// The host says what is shared, the guest where it is.
+    #[error("volume {} is not a path below the volumes", .0.display())]
+    Volume(PathBuf),
     /// See [`DeviceFilterError`].
     #[error(transparent)]
     Devices(#[from] DeviceFilterError),
@@ -79,7 +89,19 @@ impl ContainerSpec {
                 return Err(SpecError::Missing(name));
             }
         }
+        for mount in spec.mounts.iter().filter(|mount| is_volume(mount)) {
+            let source = mount.source.clone().unwrap_or_default();
+            let is_name = |component| matches!(component, Component::Normal(_));
+            if source.as_os_str().is_empty() || !source.components().all(is_name) {
+                return Err(SpecError::Volume(source));
+            }
+        }
         Ok(Self(spec))
+    }
+
+    /// Whether it has mounts that come from the host.
+    pub fn has_volumes(&self) -> bool {
+        self.0.mounts.iter().any(|mount| mount.kind == VOLUME)
     }
 
     /// Whether the container shares the pod's namespace of this kind.
@@ -90,15 +112,43 @@ impl ContainerSpec {
             .any(|namespace| namespace.kind == kind && namespace.path.is_some())
     }
 
+    /// Gives the container a block device, `number` as in `st_rdev`.
+    pub fn add_block_device(&mut self, path: PathBuf, number: u64, read_only: bool) {
+        let (major, minor) = (libc::major(number), libc::minor(number));
+        let linux = &mut self.0.linux;
+        linux.devices.push(Device {
+            path,
+            kind: NodeKind::Block,
+            major: major.into(),
+            minor: minor.into(),
+            file_mode: Some(0o660),
+            uid: None,
+            gid: None,
+        });
+        // Without rules all devices may be used.
+        let rules = &mut linux.resources.devices;
+        if !rules.is_empty() {
+            let access = if read_only { "rm" } else { "rwm" };
+            rules.push(DeviceRule {
+                allow: true,
+                kind: DeviceKind::Block,
+                major: Some(major.into()),
+                minor: Some(minor.into()),
+                access: Some(access.to_owned()),
+            });
+        }
+    }
+
     /// Where the process starts.
     pub fn cwd(&self) -> &Path {
         &self.0.process.cwd
     }
 
-    /// Fills in what is the guest's to say.
+    /// Fills in what is the guest's to say. `images`: a directory with the image volumes, by their numbers.
     pub fn complete(
         mut self,
         rootfs: &Path,
+        images: &Path,
         account: &Account,
         hostname: &str,
     ) -> Result<CompleteSpec, SpecError> {
@@ -111,13 +161,26 @@ impl ContainerSpec {
         };
         // In a uts namespace of its own a container still has the pod's name.
         hostname.clone_into(&mut spec.hostname);
-        let own_files = pod_mounts(&spec.mounts, shares_ipc, spec.root.readonly);
         if shares_ipc {
-            // It comes with the ipc namespace (shm_open(3) and shmget(2) are one family).
+            // It comes with the ipc namespace (shm_open(3) and shmget(2) are one family), unless it is a volume.
             spec.mounts
-                .retain(|mount| mount.destination != Path::new("/dev/shm"));
+                .retain(|mount| mount.destination != Path::new("/dev/shm") || is_volume(mount));
         }
-        spec.mounts.extend(own_files);
+        let own_files = pod_mounts(&spec.mounts, shares_ipc, spec.root.readonly);
+        let first_volume = spec.mounts.iter().position(is_volume);
+        // Volumes may be mounted below these.
+        let place = first_volume.unwrap_or(spec.mounts.len());
+        spec.mounts.splice(place..place, own_files);
+        for mount in &mut spec.mounts {
+            let place = match mount.kind.as_str() {
+                VOLUME => files::volumes(),
+                IMAGE => images.to_owned(),
+                _ => continue,
+            };
+            "bind".clone_into(&mut mount.kind);
+            let source = mount.source.take().unwrap_or_default();
+            mount.source = Some(place.join(source));
+        }
         complete_process(&mut spec.process, account);
         for namespace in &mut spec.linux.namespaces {
             if namespace.path.is_some() {
@@ -159,6 +222,10 @@ fn complete_process(process: &mut Process, account: &Account) {
     }
 }
 
+fn is_volume(mount: &Mount) -> bool {
+    mount.kind == VOLUME || mount.kind == IMAGE
+}
+
 /// Bind mounts of the pod's files, where the spec does not bring its own.
 fn pod_mounts(present: &[Mount], shares_ipc: bool, read_only: bool) -> Vec<Mount> {
     let access = if read_only { "ro" } else { "rw" };
@@ -175,7 +242,10 @@ fn pod_mounts(present: &[Mount], shares_ipc: bool, read_only: bool) -> Vec<Mount
             mounts.push(bind(destination, source, &["rbind", "rprivate", access]));
         }
     }
-    if shares_ipc {
+    let has_shm = present
+        .iter()
+        .any(|mount| mount.destination == Path::new("/dev/shm"));
+    if shares_ipc && !has_shm {
         let options = ["rbind", "rprivate", "nosuid", "nodev", "noexec"];
         mounts.push(bind("/dev/shm", files::shm(), &options));
     }
@@ -234,7 +304,7 @@ mod tests {
         let container = parse(&sample()).unwrap();
         assert_eq!(container.cwd(), Path::new("/work"));
         let complete = container
-            .complete(Path::new("/r"), &account(), "pod-1")
+            .complete(Path::new("/r"), Path::new("/i"), &account(), "pod-1")
             .unwrap();
         let spec = complete.spec;
         assert_eq!(spec.root.path, Path::new("/r"));
@@ -260,7 +330,7 @@ mod tests {
     fn the_pods_files_are_bound_unless_the_spec_brings_its_own() {
         let complete = parse(&sample())
             .unwrap()
-            .complete(Path::new("/r"), &account(), "pod-1")
+            .complete(Path::new("/r"), Path::new("/i"), &account(), "pod-1")
             .unwrap();
         let mounts = complete.spec.mounts;
         let sources = |destination: &str| {

@@ -542,9 +542,8 @@ async fn an_image_without_layers_is_an_empty_root() {
     assert_eq!(malformed.code(), Code::InvalidArgument);
     let empty = CreateContainerRequest {
         id: "c1".to_owned(),
-        layers: Vec::new(),
         spec: spec(&["sh"]).to_string().into_bytes(),
-        user: None,
+        ..CreateContainerRequest::default()
     };
     guest.client.create_container(empty).await.unwrap();
     let error = guest.start_quietly("c1").await.unwrap_err();

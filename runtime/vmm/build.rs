@@ -1,6 +1,8 @@
-//! Compiles the system call filters in seccomp/ to BPF, which `src/seccomp.rs` includes.
+//! Compiles the system call filters in a crate's seccomp/ to BPF, for its source to include: `NAME.json`, which has a
+//! filter of that name, to `NAME.bpf`. podvisor-fs uses this file too.
 
-use std::path::{Path, PathBuf};
+use std::ffi::OsStr;
+use std::path::PathBuf;
 use std::{env, fs};
 
 use anyhow::Context as _;
@@ -10,8 +12,10 @@ fn main() -> anyhow::Result<()> {
     println!("cargo::rerun-if-changed=seccomp");
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let target = TargetArch::try_from(env::var("CARGO_CFG_TARGET_ARCH")?.as_str())?;
-    for thread in ["main", "vcpu", "device"] {
-        let source = Path::new("seccomp").join(thread).with_extension("json");
+    for source in fs::read_dir("seccomp").context("seccomp")? {
+        let source = source?.path();
+        let name = source.file_stem().and_then(OsStr::to_str);
+        let thread = name.with_context(|| source.display().to_string())?;
         let json = fs::read(&source).with_context(|| source.display().to_string())?;
         let mut programs = seccompiler::compile_from_json(json.as_slice(), target)
             .with_context(|| source.display().to_string())?;

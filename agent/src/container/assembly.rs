@@ -2,16 +2,18 @@
 
 use std::fs;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use podvisor_proto::agent::{CreateContainerRequest, ResolvedUser, Segment, User};
+use podvisor_proto::agent::{BlockDevice, CreateContainerRequest, ResolvedUser, Segment, User};
 
 use super::{
     Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, SPEC, State, bundle,
     check_id, fingerprint, kernel, lock,
 };
-use crate::disk::Range;
+use crate::disk::{DiskError, Range};
+use crate::image_volume;
 use crate::in_root::Root;
 use crate::oci::NamespaceKind;
 use crate::rootfs::Rootfs;
@@ -108,27 +110,85 @@ fn assemble(
     request: CreateContainerRequest,
     fingerprint: u64,
 ) -> Result<Container, ContainerError> {
-    let spec = ContainerSpec::parse(&request.spec)?;
+    let mut spec = ContainerSpec::parse(&request.spec)?;
     let hostname = assembly.sandbox.hostname()?.to_owned();
-    let layers = request
-        .layers
-        .iter()
-        .map(|segment| Range::try_from(*segment))
-        .collect::<Result<Vec<_>, _>>()?;
-    let layers = without_covered(layers);
+    let layers = without_covered(ranges(&request.layers)?);
+    let volumes = request.image_volumes.iter();
+    let volumes = volumes
+        .map(|volume| Ok(without_covered(ranges(&volume.layers)?)))
+        .collect::<Result<Vec<_>, DiskError>>()?;
     let rootfs = Rootfs::new(
         bundle(&request.id).join("rootfs"),
         files::scratch().join(&request.id),
     );
-    let directories = assembly.disk.acquire(&request.id, &layers)?;
+    if spec.has_volumes() {
+        assembly.sandbox.mount_volumes()?;
+    }
+    let all: Vec<Range> = layers
+        .iter()
+        .chain(volumes.iter().flatten())
+        .copied()
+        .collect();
+    let directories = assembly.disk.acquire(&request.id, &all)?;
+    for device in &request.block_devices {
+        let added = add_device(assembly, &request.id, device, &mut spec);
+        if let Err(error) = added {
+            assembly.disk.release(&request.id);
+            return Err(error);
+        }
+    }
+    let (root, mut rest) = directories.split_at(layers.len());
+    let mut mount_volumes = || {
+        for (number, (asked, layers)) in request.image_volumes.iter().zip(&volumes).enumerate() {
+            let (directories, others) = rest.split_at(layers.len());
+            rest = others;
+            let sub_path = Path::new(&asked.sub_path);
+            let place = image_volumes(&request.id);
+            image_volume::mount(directories, sub_path, &place, &number.to_string())?;
+        }
+        Ok(())
+    };
     rootfs
-        .mount(&directories)
+        .mount(root)
         .map_err(ContainerError::from)
+        .and_then(|()| mount_volumes())
         .and_then(|()| write_bundle(spec, &request, &hostname, fingerprint, &rootfs))
         .inspect_err(|_| {
             let _ = clean_up(&request.id);
             assembly.disk.release(&request.id);
         })
+}
+
+/// Makes a segment a block device of the container's.
+fn add_device(
+    assembly: &mut Assembly,
+    id: &str,
+    device: &BlockDevice,
+    spec: &mut ContainerSpec,
+) -> Result<(), ContainerError> {
+    let path = PathBuf::from(&device.path);
+    if !path.is_absolute() {
+        return Err(ContainerError::Invalid(format!(
+            "{:?} is no device's path",
+            device.path
+        )));
+    }
+    let segment = Range::try_from(device.segment.unwrap_or_default())?;
+    let number = assembly.disk.add_device(id, segment)?;
+    spec.add_block_device(path, number, device.read_only);
+    Ok(())
+}
+
+fn ranges(segments: &[Segment]) -> Result<Vec<Range>, DiskError> {
+    segments
+        .iter()
+        .map(|segment| Range::try_from(*segment))
+        .collect()
+}
+
+/// Where a container's image volumes are.
+fn image_volumes(id: &str) -> PathBuf {
+    bundle(id).join("images")
 }
 
 /// Layers without those that appear again further up: overlayfs refuses a directory that is there twice,
@@ -157,7 +217,12 @@ fn write_bundle(
     root.directory(spec.cwd())
         .map_err(kernel("making the working directory"))?;
     let pod_pids = spec.shares(NamespaceKind::Pid);
-    let CompleteSpec { spec, devices } = spec.complete(rootfs.path(), &account, hostname)?;
+    let CompleteSpec { spec, devices } = spec.complete(
+        rootfs.path(),
+        &image_volumes(&request.id),
+        &account,
+        hostname,
+    )?;
 
     let bundle = bundle(&request.id);
     let write = |name: &str, content: serde_json::Result<Vec<u8>>| {
@@ -197,6 +262,10 @@ fn disassemble(assembly: &mut Assembly, container: &Container) -> io::Result<Vec
 
 /// Takes away what the container has in the file system. What is not there is not an error.
 fn clean_up(id: &str) -> io::Result<()> {
+    // The host has taken the container's volumes away. To see so is to forget what was known of files in them, which
+    // the host keeps open until then. There may be none.
+    let _ = fs::symlink_metadata(files::volumes().join(id));
+    image_volume::remove_all(&image_volumes(id))?;
     let bundle = bundle(id);
     Rootfs::new(bundle.join("rootfs"), files::scratch().join(id)).remove()?;
     match fs::remove_dir_all(bundle) {

@@ -31,6 +31,7 @@ use crate::cgroup::Cgroup;
 use crate::device_filter::DeviceFilter;
 use crate::disk::{Disk, DiskError};
 use crate::events::Events;
+use crate::image_volume::ImageVolumeError;
 use crate::launcher::{LaunchError, Launcher};
 use crate::oci::Process;
 use crate::reaper::Reaper;
@@ -92,6 +93,9 @@ pub enum ContainerError {
     /// See [`RootfsError`].
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    /// See [`ImageVolumeError`].
+    #[error(transparent)]
+    ImageVolume(#[from] ImageVolumeError),
     /// See [`StreamError`].
     #[error(transparent)]
     Stream(#[from] StreamError),

@@ -115,6 +115,7 @@ impl Guest {
                 merge_image_groups: true,
                 ..User::default()
             }),
+            ..CreateContainerRequest::default()
         };
         let user = self
             .client

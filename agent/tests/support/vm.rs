@@ -9,7 +9,7 @@ use hyper_util::rt::TokioIo;
 use podvisor_proto::agent::agent_client::AgentClient;
 use podvisor_proto::agent::{ConfigureSandboxRequest, Segment};
 use podvisor_vmm::qemu::{self, Accel, QemuConfig, TscMeter};
-use podvisor_vmm::{Access, SegmentMap, VmConfig, Vmm, VsockDevice, VsockListener};
+use podvisor_vmm::{Access, FsDevice, SegmentMap, VmConfig, Vmm, VsockDevice, VsockListener};
 use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
 
@@ -108,6 +108,7 @@ pub async fn boot() -> Option<VmGuest> {
         net: None,
         disk,
         vsock: device,
+        fs: FsDevice::new().unwrap().0,
         console: console_in.into(),
     };
     let qemu = QemuConfig {

@@ -298,6 +298,11 @@ impl Config {
         Ok(std::env::current_exe()?.with_file_name("podvisor-monitor"))
     }
 
+    /// Path of podvisor-fs: beside the monitor.
+    pub fn fs_path(&self) -> std::io::Result<PathBuf> {
+        Ok(self.monitor_path()?.with_file_name("podvisor-fs"))
+    }
+
     /// The guest kernel.
     pub fn kernel_path(&self) -> PathBuf {
         self.vm.guest_dir.join("vmlinux")

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use podvisor_proto::{cri, monitor};
 use tokio::sync::oneshot;
-use tracing::Instrument;
+use tracing::{Instrument, warn};
 
 use crate::daemon::{Daemon, now_ns, within};
 use crate::error::{Error, Result};
@@ -18,6 +18,7 @@ use crate::pod::{Container, Pod};
 use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
+use crate::volumes;
 
 /// For calls that the guest answers quickly when it answers at all. Longer than the monitor's own
 /// deadlines for the agent, so that its answer, which knows more, comes first.
@@ -40,7 +41,7 @@ impl Daemon {
     ) -> Result<String> {
         let pod = self.pods.find(&request.pod_sandbox_id)?;
         let monitor = pod.ready_monitor()?;
-        let config = request.config.ok_or(Error::Invalid {
+        let mut config = request.config.ok_or(Error::Invalid {
             field: "config",
             problem: "missing".into(),
         })?;
@@ -57,8 +58,29 @@ impl Daemon {
             .as_ref()
             .map_or("", |image| image.image.as_str());
         let image = self.find_image(image_name)?;
-        let built = spec::build(&config, &sandbox_config, &image.config)?;
+        let mut built = spec::build(&config, &sandbox_config, &image.config)?;
+        let volumes::Volumes {
+            host: volumes,
+            images: image_volumes,
+        } = volumes::parse(&config.mounts)?;
+        let mut volume_images = Vec::with_capacity(image_volumes.len());
+        for volume in &image_volumes {
+            let found = self.images.resolve(&volume.image);
+            let image = found.ok_or_else(|| volume.failed("the node does not have it"))?;
+            if let Some(spec) = &mut config.mounts[volume.index].image {
+                spec.image_ref.clone_from(&image.id);
+            }
+            volume_images.push(image);
+        }
+        let volumes = volumes::open(volumes).await?;
+        let devices = config.devices.clone();
+        let devices = tokio::task::spawn_blocking(move || volumes::open_devices(&devices))
+            .await
+            .map_err(|_| Error::Cancelled)??;
         let id = ids::new_id()?;
+        let mut mounts = built.spec.mounts().clone().unwrap_or_default();
+        mounts.extend(volumes::spec_mounts(&id, &volumes, &image_volumes)?);
+        built.spec.set_mounts(Some(mounts));
         let name = self.container_names.reserve(
             "container",
             ids::container_name(&pod.id, &metadata),
@@ -74,17 +96,24 @@ impl Daemon {
             config: Some(config.clone()),
         };
 
-        let mut layers = Vec::with_capacity(image.layers.len());
-        for layer in &image.layers {
-            let path = layer.path.clone();
-            let file = open_file(path, |path| File::open(path)).await?;
-            layers.push(monitor::Layer {
-                diff_id: layer.diff_id.clone(),
-                length: layer.length,
-                fd_token: monitor.send_fd(file).await?,
+        let layers = send_layers(&monitor, &image).await?;
+        let mut sent_volumes = Vec::with_capacity(volume_images.len());
+        for (volume, image) in image_volumes.into_iter().zip(volume_images) {
+            sent_volumes.push(monitor::ImageVolume {
+                layers: send_layers(&monitor, &image).await?,
+                sub_path: volume.sub_path,
             });
         }
-        let request = monitor::CreateContainerRequest {
+        let mut block_devices = Vec::with_capacity(devices.len());
+        for device in devices {
+            block_devices.push(monitor::BlockDevice {
+                fd_token: monitor.send_fd(device.file).await?,
+                length: device.length,
+                read_only: device.read_only,
+                path: device.container_path,
+            });
+        }
+        let mut request = monitor::CreateContainerRequest {
             id: id.clone(),
             layers,
             spec: serde_json::to_vec(&built.spec)
@@ -94,6 +123,9 @@ impl Daemon {
             stdin_once: config.stdin_once,
             terminal: config.tty,
             log_fd_token: send_log(&monitor, &record.log_path).await?,
+            volumes_fd_token: Vec::new(),
+            image_volumes: sent_volumes,
+            block_devices,
         };
         // A task of its own, as with sandboxes: a caller that goes away leaves nothing half made.
         let daemon = Arc::clone(self);
@@ -102,6 +134,9 @@ impl Daemon {
             async move {
                 let mut client = monitor.client();
                 let result = async {
+                    request.volumes_fd_token = daemon
+                        .add_volumes(&pod, &monitor, &record.id, volumes)
+                        .await?;
                     // The disk does not wait for the guest, nor the guest for the disk.
                     let create = client.create_container(request);
                     let (answer, stored) = tokio::join!(
@@ -109,11 +144,15 @@ impl Daemon {
                         daemon.store.put_container(record.clone())
                     );
                     pod.apply(answer?.snapshot);
+                    daemon.confirm_volumes(&pod).await;
                     Ok(stored?)
                 }
                 .await;
                 let abandoned = gone.is_closed();
                 if result.is_err() || abandoned {
+                    if let Err(error) = daemon.remove_volumes(&pod, &record.id).await {
+                        warn!(container = record.id, %error, "volumes are left for the pod's end");
+                    }
                     let request = monitor::RemoveContainerRequest {
                         id: record.id.clone(),
                     };
@@ -234,6 +273,8 @@ impl Daemon {
             if container.state().state() == monitor::ContainerState::Running {
                 self.stop_running(&container, Duration::ZERO).await?;
             }
+            // The guest forgets their files when it finds them gone.
+            self.remove_volumes(&container.pod, &id).await?;
             let request = monitor::RemoveContainerRequest { id: id.clone() };
             let mut client = monitor.client();
             let answer = within(CALL, "RemoveContainer", client.remove_container(request)).await?;
@@ -319,6 +360,23 @@ fn running_monitor(container: &Container) -> Result<Arc<Monitor>> {
         )));
     }
     Pod::ready_monitor(&container.pod)
+}
+
+/// Opens an image's layers and hands them to the monitor.
+async fn send_layers(
+    monitor: &Monitor,
+    image: &podvisor_image::Image,
+) -> Result<Vec<monitor::Layer>> {
+    let mut layers = Vec::with_capacity(image.layers.len());
+    for layer in &image.layers {
+        let file = open_file(layer.path.clone(), |path| File::open(path)).await?;
+        layers.push(monitor::Layer {
+            diff_id: layer.diff_id.clone(),
+            length: layer.length,
+            fd_token: monitor.send_fd(file).await?,
+        });
+    }
+    Ok(layers)
 }
 
 /// Where a container's log is: absolute, or empty for none (CRI: either part empty means no log).

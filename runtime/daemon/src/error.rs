@@ -55,6 +55,20 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// A mount or a device of CreateContainer that cannot be.
+    #[error("config.{list}[{index}].{field}: {problem}")]
+    Element {
+        /// "mounts" or "devices".
+        list: &'static str,
+        /// Which.
+        index: usize,
+        /// Which of its fields.
+        field: &'static str,
+        /// What is wrong.
+        problem: String,
+        /// What callers see.
+        code: Code,
+    },
     /// The object is not in a state that allows it.
     #[error("{0}")]
     Precondition(String),
@@ -122,6 +136,7 @@ impl Error {
             Self::NotFound { .. } => Code::NotFound,
             Self::Ambiguous { .. } | Self::Invalid { .. } => Code::InvalidArgument,
             Self::NameTaken { .. } => Code::AlreadyExists,
+            Self::Element { code, .. } => *code,
             Self::Precondition(_) => Code::FailedPrecondition,
             Self::Unsupported { .. } => Code::Unimplemented,
             Self::Monitor(status) => status.code(),

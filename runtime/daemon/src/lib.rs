@@ -17,6 +17,7 @@
 //! | [`store`]        | what was asked, on disk                                               |
 //! | [`monitor`]      | the keeper of one pod: start it, find it, call it, see it die         |
 //! | [`spec`]         | the OCI spec of a container                                           |
+//! | [`volumes`]      | what of the node's files a container sees                             |
 //! | [`vm_size`]      | vCPUs and memory of a pod's VM                                        |
 //! | [`guest_config`] | what the guest is told of its pod                                     |
 //! | [`ids`]          | ids, prefixes, names that only one object may hold                    |
@@ -49,3 +50,4 @@ pub mod services;
 pub mod spec;
 pub mod store;
 pub mod vm_size;
+pub mod volumes;

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::ids::{self, Reservation};
 use crate::monitor::Monitor;
 use crate::store::{ContainerRecord, Phase, SandboxRecord};
+use crate::volumes::FsServer;
 
 /// Exit code and reason of a container that died with its VM.
 const KILLED: u32 = 137;
@@ -21,6 +22,8 @@ pub struct Pod {
     pub id: String,
     /// Serialises stop and remove.
     pub lifecycle: tokio::sync::Mutex<()>,
+    /// Its podvisor-fs, once a container has volumes, and who may use it now.
+    pub volumes: tokio::sync::Mutex<Option<Arc<FsServer>>>,
     _name: Reservation,
     state: Mutex<State>,
 }
@@ -54,6 +57,7 @@ impl Pod {
         Self {
             id: record.id.clone(),
             lifecycle: tokio::sync::Mutex::default(),
+            volumes: tokio::sync::Mutex::default(),
             _name: name,
             state: Mutex::new(State {
                 record,
@@ -71,6 +75,14 @@ impl Pod {
     /// A copy of the record.
     pub fn record(&self) -> SandboxRecord {
         self.state().record.clone()
+    }
+
+    /// Its podvisor-fs was started. Returns the record to be kept.
+    pub fn set_fs(&self, pid: u32, start: u64) -> SandboxRecord {
+        let mut state = self.state();
+        state.record.fs_pid = pid;
+        state.record.fs_start = start;
+        state.record.clone()
     }
 
     /// The newest state.

@@ -40,6 +40,9 @@ impl Daemon {
         for record in containers {
             self.take_up_container(record).await?;
         }
+        for pod in self.pods.all() {
+            self.sweep_volumes(&pod).await;
+        }
         self.sweep().await;
         Ok(())
     }

@@ -102,6 +102,12 @@ pub struct SandboxRecord {
     /// Phases of RunPodSandbox on podvisord's side.
     #[prost(message, repeated, tag = "10")]
     pub timeline: Vec<monitor::TimelineEntry>,
+    /// Process id of podvisor-fs; 0: no container has had volumes.
+    #[prost(uint32, tag = "11")]
+    pub fs_pid: u32,
+    /// Start time of that process.
+    #[prost(uint64, tag = "12")]
+    pub fs_start: u64,
 }
 
 /// A container, as asked for.

@@ -36,7 +36,7 @@ use anyhow::Context;
 use podvisor_proto::monitor::monitor_server::MonitorServer;
 use podvisor_proto::monitor::{SandboxState, Snapshot};
 use podvisor_vmm::qemu::TscMeter;
-use podvisor_vmm::{Access, NetConfig, SegmentMap, VmConfig, VsockDevice, VsockListener};
+use podvisor_vmm::{Access, FsDevice, NetConfig, SegmentMap, VmConfig, VsockDevice, VsockListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -133,6 +133,7 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
     vsock.serve(inherited.vsock).context("the vsock socket")?;
     let agent_connections = vsock.listen(agent::CONTROL_PORT);
 
+    let (fs_device, fs) = FsDevice::new().context("the fs device")?;
     let disk = SegmentMap::new();
     let scratch = disk
         .insert(
@@ -155,6 +156,7 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
         console,
         fds: fds.clone(),
         disk: disk.clone(),
+        fs,
         scratch: podvisor_proto::agent::Segment {
             start: scratch.start,
             length: scratch.length,
@@ -181,6 +183,7 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
         }),
         disk,
         vsock: vsock_device,
+        fs: fs_device,
         console: console_writer,
     };
     pod.add_phase("monitor start", begin_ns, now_ns());

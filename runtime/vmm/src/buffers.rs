@@ -8,9 +8,11 @@
 //!
 //! - here: [`ChainBuffers`], one chain at a time, and [`GuestSlices`], its parts
 //! - `gather`: [`Gathered`], the writable parts of several chains, for a frame that needs as many as it needs
+//! - `message`: messages with headers of their own, and [`Room`] for those that come later
 //! - `release`: [`release`], guest memory back to the host
 
 mod gather;
+mod message;
 mod release;
 
 use std::io;
@@ -25,6 +27,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use crate::device::Chain;
 
 pub use gather::Gathered;
+pub use message::Room;
 pub use release::release;
 
 /// Slices in one chain: what the kernel takes in one call (`IOV_MAX`).
@@ -193,6 +196,14 @@ impl<'m> GuestSlices<'m> {
     /// Takes the first `count` bytes off, to be written later than what follows them. `None`, and nothing taken: there
     /// are not as many, or they are in more than four pieces.
     pub fn take_front(&mut self, count: usize) -> Option<GuestFront<'m>> {
+        let front = self.front(count)?;
+        self.advance(count);
+        Some(front)
+    }
+
+    /// The first `count` bytes, to be written later; what is done to all of this meanwhile includes them. `None`: there
+    /// are not as many, or they are in more than four pieces.
+    pub fn front(&self, count: usize) -> Option<GuestFront<'m>> {
         if count > self.length {
             return None;
         }
@@ -207,11 +218,7 @@ impl<'m> GuestSlices<'m> {
             *piece = (slice.iov_base.cast(), length);
             left -= length;
         }
-        if left > 0 {
-            return None;
-        }
-        self.advance(count);
-        Some(front)
+        (left == 0).then_some(front)
     }
 
     /// Copies `buffer.len()` bytes out. False, and nothing consumed: there are not as many.

@@ -6,8 +6,8 @@
 //! - [`qemu`]: the backend that runs QEMU as a child process
 //! - [`device`]: [`VirtioDevice`], the trait of our devices, which knows nothing of any transport
 //! - [`devices`]: the devices: [`devices::disk`] (segments of files as one disk), [`devices::vsock`]
-//!   (virtio-vsock in user space), [`devices::net`] (a tap), [`devices::balloon`] (unused memory back to the host) and
-//!   [`devices::rng`] (random numbers)
+//!   (virtio-vsock in user space), [`devices::fs`] (volumes, answered by another process), [`devices::net`] (a tap),
+//!   [`devices::balloon`] (unused memory back to the host) and [`devices::rng`] (random numbers)
 //! - [`served`]: a device with its queues and counters, as every transport has it
 //! - `vhost_user`: serves a [`VirtioDevice`] to QEMU
 //! - [`seccomp`]: which system calls each kind of thread may make
@@ -28,6 +28,7 @@ pub mod vm;
 pub use device::{CONFIG_CHANGED, Counter, DeviceError, DeviceEvent, QueueRef, VirtioDevice};
 pub use devices::balloon::{BalloonDevice, BalloonHandle};
 pub use devices::disk::{Access, Segment, SegmentDisk, SegmentError, SegmentMap};
+pub use devices::fs::{FsDevice, FsHandle};
 pub use devices::net::{NetDevice, Tap};
 pub use devices::rng::RngDevice;
 pub use devices::vsock::{VsockDevice, VsockHandle, VsockListener};

@@ -12,6 +12,7 @@ use nix::sys::stat::fstat;
 use thiserror::Error;
 
 use crate::devices::disk::SegmentMap;
+use crate::devices::fs::FsDevice;
 use crate::devices::vsock::VsockDevice;
 use crate::kvm::exits::ExitCounters;
 use crate::kvm::{self, KvmError};
@@ -42,6 +43,8 @@ pub struct VmConfig {
     pub disk: SegmentMap,
     /// The vsock device.
     pub vsock: VsockDevice,
+    /// The device for volumes.
+    pub fs: FsDevice,
     /// Receives what the guest writes to its first serial port: the write end of a pipe that the caller drains.
     pub console: OwnedFd,
 }

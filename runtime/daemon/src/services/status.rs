@@ -49,7 +49,10 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
     ];
     let handler = |name: &str| cri::RuntimeHandler {
         name: name.into(),
-        features: Some(cri::RuntimeHandlerFeatures::default()),
+        features: Some(cri::RuntimeHandlerFeatures {
+            recursive_read_only_mounts: true,
+            ..Default::default()
+        }),
     };
     let mut info = HashMap::new();
     if verbose {

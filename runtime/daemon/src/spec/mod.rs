@@ -141,12 +141,6 @@ fn refuse_unsupported(config: &cri::ContainerConfig) -> Result<()> {
             what: what.into(),
         })
     };
-    if !config.mounts.is_empty() {
-        return unsupported("config.mounts", "a volume in a VM");
-    }
-    if !config.devices.is_empty() {
-        return unsupported("config.devices", "a device in a VM");
-    }
     if !config.cdi_devices.is_empty() {
         return unsupported("config.CDI_devices", "a CDI device");
     }

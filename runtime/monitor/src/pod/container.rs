@@ -66,7 +66,7 @@ enum Phase {
 impl Container {
     /// A container that has not been started.
     pub fn new(request: &monitor::CreateContainerRequest, log: LogSink, fingerprint: u64) -> Self {
-        let diff_ids = request.layers.iter();
+        let diff_ids = super::create::all_layers(request);
         Self {
             id: request.id.clone(),
             fingerprint,

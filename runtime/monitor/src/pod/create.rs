@@ -10,6 +10,7 @@ use tracing::{info, warn};
 
 use super::container::Container;
 use super::{Pod, PodError};
+use crate::agent::AgentError;
 use crate::log::LogSink;
 use crate::state::now_ns;
 
@@ -64,6 +65,7 @@ impl Pod {
             let removed = self.any_agent()?.remove_container(id).await?;
             self.layers.release(&container.diff_ids);
             self.layers.unmap(&removed.released);
+            self.block_devices.unmap(&removed.released);
         }
         self.containers().remove(id);
         self.state
@@ -109,19 +111,50 @@ impl Pod {
         agent: &crate::agent::Agent,
         request: &CreateContainerRequest,
     ) -> Result<Option<agent::ResolvedUser>, PodError> {
-        let segments = self.layers.acquire(&request.layers, &self.fds)?;
+        if !request.volumes_fd_token.is_empty() {
+            let socket = self.fds.take(&request.volumes_fd_token);
+            let socket =
+                socket.ok_or_else(|| PodError::State("no socket for volumes came".to_owned()))?;
+            self.fs.connect(socket.into());
+        }
+        let block_devices = self.block_devices.map(&request.block_devices, &self.fds)?;
+        let layers: Vec<_> = all_layers(request).cloned().collect();
+        let segments = self.layers.acquire(&layers, &self.fds).inspect_err(|_| {
+            // The guest has not heard of them.
+            let devices = block_devices.iter();
+            let segments: Vec<_> = devices.filter_map(|device| device.segment).collect();
+            self.block_devices.unmap(&segments);
+        });
+        let mut segments = segments?.into_iter();
+        // As many as were asked for, in the same order.
+        let mut take = |count| segments.by_ref().take(count).collect();
         let created = agent
             .create_container(agent::CreateContainerRequest {
                 id: request.id.clone(),
-                layers: segments,
+                layers: take(request.layers.len()),
                 spec: request.spec.clone(),
                 user: request.user.clone(),
+                image_volumes: request
+                    .image_volumes
+                    .iter()
+                    .map(|volume| agent::ImageVolume {
+                        layers: take(volume.layers.len()),
+                        sub_path: volume.sub_path.clone(),
+                    })
+                    .collect(),
+                block_devices: block_devices.clone(),
             })
             .await;
         match created {
             Ok(created) => Ok(created.user),
             Err(error) => {
                 self.undo_create(agent, request).await;
+                // An agent that has refused has none of them: it says so for those that it had.
+                let devices = block_devices.iter();
+                let segments: Vec<_> = devices.filter_map(|device| device.segment).collect();
+                if matches!(error, AgentError::Failed { .. }) {
+                    self.block_devices.unmap(&segments);
+                }
                 Err(error.into())
             }
         }
@@ -129,15 +162,27 @@ impl Pod {
 
     /// Takes a container that could not be created out of the guest.
     async fn undo_create(&self, agent: &crate::agent::Agent, request: &CreateContainerRequest) {
-        let diff_ids: Vec<String> = request.layers.iter().map(|l| l.diff_id.clone()).collect();
+        let diff_ids: Vec<String> = all_layers(request).map(|l| l.diff_id.clone()).collect();
         self.layers.release(&diff_ids);
         match agent.remove_container(&request.id).await {
-            Ok(removed) => self.layers.unmap(&removed.released),
+            Ok(removed) => {
+                self.layers.unmap(&removed.released);
+                self.block_devices.unmap(&removed.released);
+            }
             Err(error) => {
                 warn!(container = request.id, %error, "a failed create could not be undone");
             }
         }
     }
+}
+
+/// Those of the container's image, then those of its image volumes.
+pub fn all_layers(request: &CreateContainerRequest) -> impl Iterator<Item = &monitor::Layer> {
+    let volumes = request.image_volumes.iter();
+    request
+        .layers
+        .iter()
+        .chain(volumes.flat_map(|volume| &volume.layers))
 }
 
 /// Ids are 64 lower-case hexadecimal digits.
@@ -155,8 +200,14 @@ fn check_id(id: &str) -> Result<(), PodError> {
 fn fingerprint(request: &CreateContainerRequest) -> u64 {
     let mut request = request.clone();
     request.log_fd_token.clear();
-    for layer in &mut request.layers {
+    request.volumes_fd_token.clear();
+    let volumes = &mut request.image_volumes;
+    let of_volumes = volumes.iter_mut().flat_map(|volume| &mut volume.layers);
+    for layer in request.layers.iter_mut().chain(of_volumes) {
         layer.fd_token.clear();
+    }
+    for device in &mut request.block_devices {
+        device.fd_token.clear();
     }
     let mut hasher = DefaultHasher::new();
     request.encode_to_vec().hash(&mut hasher);

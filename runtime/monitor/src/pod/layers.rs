@@ -10,8 +10,9 @@ use thiserror::Error;
 
 use crate::fd_table::FdTable;
 
-/// Most layers of one container. Images have at most 127 (the limit of container engines).
-const MAX_LAYERS: usize = 128;
+/// Most layers of one container, with those of its image volumes. Images have at most 127 (the limit of container
+/// engines).
+const MAX_LAYERS: usize = 256;
 
 /// Why a container's layers cannot be mapped.
 #[derive(Debug, Error)]

@@ -3,6 +3,7 @@
 //! - `mod.rs`: the sandbox: the agent comes and goes, events, the end of the VM
 //! - [`container`]: what is kept of one container, and how it ends
 //! - [`create`], [`start`], [`stop`], [`exec`], [`shutdown`]: what callers ask for
+//! - [`block_devices`]: block devices of the host on the pod's disk
 //! - [`layers`]: image layers on the pod's disk
 //! - [`vm_facts`]: what is known of the VM, for who inspects it
 //! - [`streams`]: byte streams between a process in the guest and the monitor
@@ -11,6 +12,7 @@
 //! under short locks, never held across an await. Callers' requests that change something run as
 //! tasks of their own (see `service.rs`): a caller that goes away does not leave half of it.
 
+mod block_devices;
 pub mod container;
 mod create;
 mod exec;
@@ -31,7 +33,7 @@ use podvisor_proto::agent::{self, Event, HelloResponse, event};
 use podvisor_proto::monitor::{
     ConfigureRequest, ContainerState, SandboxState, Snapshot, TimelineEntry, VmStatsResponse,
 };
-use podvisor_vmm::{SegmentMap, VmCounters};
+use podvisor_vmm::{FsHandle, SegmentMap, VmCounters};
 use thiserror::Error;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::sleep;
@@ -43,6 +45,7 @@ use crate::agent::{Agent, AgentError, Observer};
 use crate::console::Console;
 use crate::fd_table::FdTable;
 use crate::state::{State, now_ns};
+use block_devices::{BlockDeviceError, BlockDevices};
 use container::Container;
 use exec::Execs;
 use layers::{LayerError, Layers};
@@ -85,6 +88,9 @@ pub enum PodError {
     /// Layers.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// Block devices.
+    #[error(transparent)]
+    BlockDevice(#[from] BlockDeviceError),
     /// The agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -102,14 +108,16 @@ impl From<PodError> for Status {
             PodError::NotFound(_) => Code::NotFound,
             PodError::Invalid(_) | PodError::Layer(LayerError::TooMany(_)) => Code::InvalidArgument,
             PodError::Exists(_) => Code::AlreadyExists,
-            PodError::State(_) | PodError::Layer(LayerError::NoFile(_)) => Code::FailedPrecondition,
+            PodError::State(_)
+            | PodError::Layer(LayerError::NoFile(_))
+            | PodError::BlockDevice(BlockDeviceError::NoFile(_)) => Code::FailedPrecondition,
             PodError::Deadline(_) | PodError::Agent(AgentError::Deadline { .. }) => {
                 Code::DeadlineExceeded
             }
             PodError::Cancelled => Code::Cancelled,
-            PodError::TooManyExecs | PodError::Layer(LayerError::Disk { .. }) => {
-                Code::ResourceExhausted
-            }
+            PodError::TooManyExecs
+            | PodError::Layer(LayerError::Disk { .. })
+            | PodError::BlockDevice(BlockDeviceError::Disk { .. }) => Code::ResourceExhausted,
             PodError::Agent(AgentError::Failed { code, .. }) => agent_code(*code),
             PodError::Agent(AgentError::Connect(_)) | PodError::Stream(_) => Code::Unavailable,
             PodError::Agent(AgentError::Version(_)) | PodError::Internal(_) => Code::Internal,
@@ -140,7 +148,9 @@ pub struct Parts {
     pub fds: FdTable,
     /// The pod's disk.
     pub disk: SegmentMap,
-    /// Its writable segment.
+    /// The VM's device for volumes.
+    pub fs: FsHandle,
+    /// The disk's writable segment.
     pub scratch: agent::Segment,
     /// Connects to a port of the guest.
     pub dial: Dial,
@@ -158,6 +168,8 @@ pub struct Pod {
     console: Console,
     fds: FdTable,
     layers: Layers,
+    block_devices: BlockDevices,
+    fs: FsHandle,
     scratch: agent::Segment,
     dial: Dial,
     requested_ns: u64,
@@ -184,7 +196,9 @@ impl Pod {
             state: parts.state,
             console: parts.console,
             fds: parts.fds,
-            layers: Layers::new(parts.disk),
+            layers: Layers::new(parts.disk.clone()),
+            block_devices: BlockDevices::new(parts.disk),
+            fs: parts.fs,
             scratch: parts.scratch,
             dial: parts.dial,
             requested_ns: parts.requested_ns,

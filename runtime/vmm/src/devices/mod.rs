@@ -3,6 +3,7 @@
 
 pub mod balloon;
 pub mod disk;
+pub mod fs;
 pub mod net;
 pub mod rng;
 pub mod vsock;

@@ -45,6 +45,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::device::VirtioDevice;
 use crate::devices::balloon::{BalloonDevice, BalloonHandle};
 use crate::devices::disk::{SegmentDisk, SegmentMap};
+use crate::devices::fs::FsDevice;
 use crate::devices::net::{NetDevice, Tap};
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::VsockDevice;
@@ -111,7 +112,7 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
         .map_err(KvmError::call("KVM_CREATE_IRQCHIP"))?;
 
     let (balloon, balloon_handle) = BalloonDevice::new().map_err(KvmError::host("the balloon"))?;
-    let groups = device_groups(config.disk, config.vsock, config.net, balloon)?;
+    let groups = device_groups(config.disk, config.vsock, config.fs, config.net, balloon)?;
     let mut registers = Vec::new();
     let mut threads = Vec::new();
     let mut counters = Vec::new();
@@ -186,6 +187,7 @@ type Devices = Vec<(&'static str, Box<dyn VirtioDevice>)>;
 fn device_groups(
     disk: SegmentMap,
     vsock: VsockDevice,
+    fs: FsDevice,
     net: Option<NetConfig>,
     balloon: BalloonDevice,
 ) -> Result<Vec<(&'static str, Devices)>, KvmError> {
@@ -193,6 +195,7 @@ fn device_groups(
     let mut groups: Vec<(_, Devices)> = vec![
         ("disk", vec![("disk", Box::new(SegmentDisk::new(disk)))]),
         ("vsock", vec![("vsock", Box::new(vsock))]),
+        ("fs", vec![("fs", Box::new(fs))]),
         (
             "rng-balloon",
             vec![("rng", Box::new(rng)), ("balloon", Box::new(balloon))],

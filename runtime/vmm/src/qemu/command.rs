@@ -6,6 +6,7 @@
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use super::Accel;
+use crate::devices::fs;
 use crate::vm::VmConfig;
 
 /// Our ends of the connections are in the caller's hands; these go to QEMU.
@@ -14,6 +15,7 @@ pub(super) struct Sockets {
     pub control: OwnedFd,
     pub disk: OwnedFd,
     pub vsock: OwnedFd,
+    pub fs: OwnedFd,
 }
 
 /// The arguments, and the descriptors that they name.
@@ -125,6 +127,13 @@ pub(super) fn arguments(config: &VmConfig, accel: Accel, sockets: &Sockets) -> A
     let vsock = args.pass(sockets.vsock.as_fd());
     args.add(["-chardev", &format!("socket,id=vsock,fd={vsock}")]);
     args.add(["-device", "vhost-user-vsock-device,chardev=vsock"]);
+
+    let fs_socket = args.pass(sockets.fs.as_fd());
+    args.add(["-chardev", &format!("socket,id=fs,fd={fs_socket}")]);
+    args.add([
+        "-device",
+        &format!("vhost-user-fs-device,chardev=fs,tag={}", fs::TAG),
+    ]);
 
     args.add([
         "-object",

@@ -111,11 +111,13 @@ pub async fn start(config: VmConfig, qemu: QemuConfig) -> Result<Box<dyn Vmm>, Q
         tokio::net::UnixStream::from_std(control).map_err(QemuError::host("control socket"))?;
     let (disk, qemu_disk) = UnixStream::pair().map_err(QemuError::host("disk's socket"))?;
     let (vsock, qemu_vsock) = UnixStream::pair().map_err(QemuError::host("vsock's socket"))?;
+    let (fs, qemu_fs) = UnixStream::pair().map_err(QemuError::host("fs's socket"))?;
 
     let sockets = Sockets {
         control: qemu_control.into(),
         disk: qemu_disk.into(),
         vsock: qemu_vsock.into(),
+        fs: qemu_fs.into(),
     };
     let arguments = command::arguments(&config, qemu.accel, &sockets);
     debug!(arguments = arguments.arguments.join(" "), "starting QEMU");
@@ -131,6 +133,7 @@ pub async fn start(config: VmConfig, qemu: QemuConfig) -> Result<Box<dyn Vmm>, Q
     let counters = vec![
         serve("disk", Box::new(SegmentDisk::new(config.disk)), disk)?,
         serve("vsock", Box::new(config.vsock), vsock)?,
+        serve("fs", Box::new(config.fs), fs)?,
     ];
 
     match Qmp::connect(control).await {

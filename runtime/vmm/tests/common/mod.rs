@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use podvisor_vmm::qemu::{Accel, QemuConfig, TscMeter};
-use podvisor_vmm::{Backend, SegmentMap, VmConfig, Vmm, VsockDevice, VsockHandle};
+use podvisor_vmm::{Backend, FsDevice, SegmentMap, VmConfig, Vmm, VsockDevice, VsockHandle};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -175,6 +175,7 @@ fn config_for(backend: &Backend, kernel: &Path) -> (VmConfig, VsockHandle, std::
         net: None,
         disk: SegmentMap::new(),
         vsock: device,
+        fs: FsDevice::new().unwrap().0,
         console: console_in.into(),
     };
     (config, vsock, console)

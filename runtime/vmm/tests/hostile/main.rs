@@ -14,7 +14,6 @@ mod subjects;
 #[allow(dead_code, reason = "shared with other tests")]
 mod test_queue;
 
-use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -63,8 +62,8 @@ fn survives_any_driver(name: &str) {
     let found = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/hostile/regressions")
         .join(name);
-    for file in fs::read_dir(found).into_iter().flatten() {
-        let steps = fs::read(file.unwrap().path()).unwrap();
+    for file in std::fs::read_dir(found).into_iter().flatten() {
+        let steps = std::fs::read(file.unwrap().path()).unwrap();
         drive(name, |driver, subject| driver.run(subject, &steps));
     }
 }
@@ -165,4 +164,4 @@ macro_rules! hostile {
     };
 }
 
-hostile!(disk vsock net rng balloon);
+hostile!(disk vsock net rng balloon fs);

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
@@ -11,9 +12,10 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 
+use nix::sys::socket::{MsgFlags, recv, send};
 use podvisor_vmm::{
-    Access, BalloonDevice, BalloonHandle, DeviceEvent, NetDevice, RngDevice, Segment, SegmentDisk,
-    SegmentMap, Tap, VirtioDevice, VsockDevice, VsockHandle, VsockListener,
+    Access, BalloonDevice, BalloonHandle, DeviceEvent, FsDevice, FsHandle, NetDevice, RngDevice,
+    Segment, SegmentDisk, SegmentMap, Tap, VirtioDevice, VsockDevice, VsockHandle, VsockListener,
 };
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -27,6 +29,7 @@ pub fn subject(name: &str) -> Box<dyn Subject> {
         "net" => Box::new(Net::new()),
         "rng" => Box::new(Rng(RngDevice::new())),
         "balloon" => Box::new(Balloon::new()),
+        "fs" => Box::new(Fs::new()),
         _ => panic!("no device {name}"),
     }
 }
@@ -413,5 +416,125 @@ impl Subject for Balloon {
             .read_slice(&mut got, GuestAddress(DATA))
             .unwrap();
         assert_eq!(got, [0; 4096]);
+    }
+}
+
+/// The fs device, with a server that answers what it likes.
+struct Fs {
+    device: FsDevice,
+    handle: FsHandle,
+    server: OwnedFd,
+}
+
+const FUSE_GETATTR: u32 = 3;
+
+impl Fs {
+    fn new() -> Self {
+        let (device, handle) = FsDevice::new().unwrap();
+        let server = Self::connect(&handle);
+        Self {
+            device,
+            handle,
+            server,
+        }
+    }
+
+    fn connect(handle: &FsHandle) -> OwnedFd {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        handle.connect(ours);
+        theirs
+    }
+
+    /// The number of the next request, if there is one.
+    fn request(&self) -> Option<[u8; 8]> {
+        let mut request = [0; 64];
+        match recv(self.server.as_raw_fd(), &mut request, MsgFlags::empty()) {
+            Ok(length @ 40..) => {
+                let said = u32::from_le_bytes(request[..4].try_into().unwrap());
+                assert!(said as usize >= length, "its own length");
+                request[8..16].try_into().ok()
+            }
+            _ => None,
+        }
+    }
+
+    fn answer(&self, length: u32, number: [u8; 8], rest: usize) {
+        let header = [&length.to_le_bytes()[..], &[0; 4], &number].concat();
+        let message = [header, vec![7; rest]].concat();
+        let _ = send(self.server.as_raw_fd(), &message, MsgFlags::MSG_NOSIGNAL);
+    }
+
+    fn header(opcode: u32, length: u32) -> Vec<u8> {
+        let mut header = vec![0; 40];
+        header[..4].copy_from_slice(&length.to_le_bytes());
+        header[4..8].copy_from_slice(&opcode.to_le_bytes());
+        header[8..16].copy_from_slice(&[9; 8]);
+        header
+    }
+}
+
+impl Subject for Fs {
+    fn device(&mut self) -> &mut dyn VirtioDevice {
+        &mut self.device
+    }
+
+    fn host(&mut self, what: u8) {
+        match what % 8 {
+            // The server is gone, or another one.
+            0 => self.server = Self::connect(&self.handle),
+            1 => {
+                let _ = nix::sys::socket::shutdown(
+                    self.server.as_raw_fd(),
+                    nix::sys::socket::Shutdown::Both,
+                );
+            }
+            // Answers to nothing, cut short, of a length that is not theirs.
+            2 => self.answer(16, [what; 8], 0),
+            3 => {
+                let _ = send(self.server.as_raw_fd(), &[what; 7], MsgFlags::MSG_NOSIGNAL);
+            }
+            4 => {
+                if let Some(number) = self.request() {
+                    self.answer(u32::from(what), number, 3);
+                }
+            }
+            // As it should.
+            _ => {
+                while let Some(number) = self.request() {
+                    self.answer(16 + 104, number, 104);
+                }
+            }
+        }
+    }
+
+    fn message(&self, seed: &[u8; RECORD]) -> Vec<u8> {
+        let mut message = Self::header(u32::from(seed[5]) % 60, le32(seed, 12) >> (seed[16] % 32));
+        message.extend(seed);
+        message
+    }
+
+    fn check(&mut self, driver: &mut Driver<'_>) {
+        self.server = Self::connect(&self.handle);
+        driver.process(self, DeviceEvent::Wake);
+        driver.write(MESSAGE, &Self::header(FUSE_GETATTR, 56));
+        driver.queues[1].push(&[(MESSAGE, 56, 0), (DATA, 120, WRITE)]);
+        driver.process(self, DeviceEvent::Queue(1));
+        let number = self.request().expect("a request");
+        self.answer(16 + 104, number, 104);
+        assert!(driver.process(self, DeviceEvent::Wake));
+        assert_eq!(driver.queues[1].used(), Some((0, 120)));
+        let mut got = [0; 120];
+        driver
+            .memory
+            .read_slice(&mut got, GuestAddress(DATA))
+            .unwrap();
+        assert_eq!(
+            got[..16],
+            [120, 0, 0, 0, 0, 0, 0, 0, 9, 9, 9, 9, 9, 9, 9, 9]
+        );
+        assert_eq!(got[16..], [7; 104]);
     }
 }

@@ -14,7 +14,7 @@ use podvisor_proto::monitor::{
     ConfigureRequest, Container, ContainerState, CreateContainerRequest, ExecSyncRequest, Layer,
     SandboxState, Snapshot,
 };
-use podvisor_vmm::SegmentMap;
+use podvisor_vmm::{FsDevice, SegmentMap};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -54,6 +54,7 @@ impl Rig {
             console,
             fds: fds.clone(),
             disk: SegmentMap::new(),
+            fs: FsDevice::new().expect("device").1,
             scratch: api::Segment {
                 start: 0,
                 length: 4096,

@@ -1,0 +1,129 @@
+//! Messages of a `SOCK_SEQPACKET`: with a header that is not in guest memory, and into room that was kept for them.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+use libc::{iovec, msghdr};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::{ChainBuffers, ChainError, GuestSlices, retry};
+use crate::device::Chain;
+
+/// Pieces of guest memory in a message. Linux' longest are 32 pages and the parts of a header.
+const MAX_PIECES: usize = 40;
+
+/// The writable part of a chain that stays with the device: guest addresses, checked when they are used.
+#[derive(Debug)]
+pub struct Room {
+    ranges: Box<[(GuestAddress, u32)]>,
+    length: usize,
+}
+
+impl Room {
+    /// Of this chain.
+    ///
+    /// # Errors
+    /// More than 40 descriptors.
+    pub fn of(chain: Chain<'_>) -> Result<Self, ChainError> {
+        let mut ranges = Vec::new();
+        for (index, descriptor) in chain.enumerate() {
+            if index == 2 * MAX_PIECES || ranges.len() == MAX_PIECES {
+                return Err(ChainError::TooLong);
+            }
+            if descriptor.is_write_only() {
+                ranges.push((descriptor.addr(), descriptor.len()));
+            }
+        }
+        Ok(Self {
+            length: ranges.iter().map(|(_, length)| *length as usize).sum(),
+            ranges: ranges.into(),
+        })
+    }
+
+    /// Bytes of room.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// As slices.
+    ///
+    /// # Errors
+    /// It is not in guest memory.
+    pub fn slices<'m>(
+        &self,
+        buffers: &'m mut ChainBuffers,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<GuestSlices<'m>, ChainError> {
+        buffers.slices.clear();
+        for &(address, length) in &self.ranges {
+            for slice in memory.get_slices(address, length as usize) {
+                let slice = slice.map_err(|_| ChainError::OutsideMemory)?;
+                if buffers.slices.len() == MAX_PIECES {
+                    return Err(ChainError::TooLong);
+                }
+                buffers.slices.push(iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+            }
+        }
+        Ok(GuestSlices::new(&mut buffers.slices))
+    }
+}
+
+impl GuestSlices<'_> {
+    /// Sends `header` and all of this as one message, and consumes nothing.
+    ///
+    /// # Errors
+    /// As of `sendmsg(2)`; `WouldBlock` when the socket is full; `EMSGSIZE` for more than 40 slices.
+    pub fn send_message(&self, socket: BorrowedFd<'_>, header: &[u8]) -> io::Result<()> {
+        if self.slices.len() > MAX_PIECES {
+            return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+        }
+        let empty = iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        let mut pieces = [empty; MAX_PIECES + 1];
+        pieces[0] = iovec {
+            iov_base: header.as_ptr().cast_mut().cast(),
+            iov_len: header.len(),
+        };
+        pieces[1..=self.slices.len()].copy_from_slice(self.slices);
+        let message = message(&mut pieces[..=self.slices.len()]);
+        let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+        // SAFETY: the pieces are `header` and mapped guest memory; the kernel only reads them.
+        retry(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) })?;
+        Ok(())
+    }
+
+    /// Receives one message into this. Returns its length, and consumes nothing.
+    ///
+    /// # Errors
+    /// As of `recvmsg(2)`; `EMSGSIZE` when it was longer than this, and is lost.
+    pub fn receive_message(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut message = message(self.slices);
+        // SAFETY: the slices are mapped guest memory, writable, and overlap no Rust object.
+        let received = retry(|| unsafe {
+            libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT)
+        })?;
+        if message.msg_flags & libc::MSG_TRUNC != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+        }
+        Ok(received)
+    }
+}
+
+/// A message of these pieces, which must live as long as it is used.
+fn message(pieces: &mut [iovec]) -> msghdr {
+    // SAFETY: an all-zero msghdr is valid: no address, no control data.
+    let mut message: msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = pieces.as_mut_ptr();
+    message.msg_iovlen = pieces.len() as _;
+    message
+}

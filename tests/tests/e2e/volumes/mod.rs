@@ -1,0 +1,119 @@
+//! Volumes: what of the node's files a container sees, and what the node sees of what it does there.
+//!
+//! - `sharing`: files as they are on both sides
+//! - `mounts`: how they are mounted, and what cannot be
+//! - `disks`: images and block devices
+
+mod disks;
+mod mounts;
+mod sharing;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use podvisor_tests::crictl::{Pod, shell};
+use podvisor_tests::daemon::Daemon;
+use podvisor_tests::registry::busybox;
+use serde_json::{Value, json};
+
+/// A daemon with a pod, and a folder of the node's.
+struct Rig {
+    // Unmounted before the folder goes.
+    mounts: Vec<PathBuf>,
+    dir: PathBuf,
+    pod: Pod,
+    id: String,
+    daemon: Daemon,
+}
+
+/// Waits to be stopped.
+const WAITS: &str = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
+
+impl Rig {
+    fn new(name: &str) -> Self {
+        let daemon = Daemon::start();
+        daemon.crictl(&["pull", &busybox()]).ok();
+        let dir =
+            std::env::temp_dir().join(format!("podvisor-volumes-{name}-{}", std::process::id()));
+        fs::create_dir(&dir).expect("a fresh directory");
+        let pod = daemon.pod(name);
+        let id = daemon.run_pod(&pod);
+        Self {
+            mounts: Vec::new(),
+            dir,
+            pod,
+            id,
+            daemon,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    fn directory(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir(&path).expect("a fresh directory");
+        path
+    }
+
+    /// Mounts a tmpfs in the folder, on the node.
+    fn tmpfs(&mut self, name: &str, size: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(&path).expect("a directory");
+        let options = format!("size={size}");
+        let flags = MsFlags::empty();
+        mount(Some("test"), &path, Some("tmpfs"), flags, Some(&*options)).expect("mounts");
+        self.mounts.push(path.clone());
+        path
+    }
+
+    /// A container with these mounts, which waits.
+    fn container(&self, name: &str, mounts: &[Value]) -> String {
+        self.container_with(name, mounts, json!({}))
+    }
+
+    fn container_with(&self, name: &str, mounts: &[Value], security: Value) -> String {
+        let mut config = shell(name, &busybox(), WAITS);
+        config["mounts"] = json!(mounts);
+        config["linux"]["security_context"] = security;
+        self.daemon.create_started(&self.id, &self.pod, &config)
+    }
+
+    /// What a script in a container prints.
+    fn sh(&self, container: &str, script: &str) -> String {
+        self.daemon.exec(container, &["sh", "-c", script])
+    }
+
+    /// What crictl says of a container that cannot be created.
+    fn refused(&self, mounts: &[Value]) -> String {
+        let mut config = shell("refused", &busybox(), "true");
+        config["mounts"] = json!(mounts);
+        let ran = self.daemon.try_create(&self.id, &self.pod, &config);
+        assert_ne!(ran.code, 0, "{}", ran.stdout);
+        ran.stderr
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        for path in self.mounts.iter().rev() {
+            let _ = umount2(path, MntFlags::MNT_DETACH);
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn volume(host: &Path, container: &str) -> Value {
+    json!({"host_path": host, "container_path": container})
+}
+
+fn read_only(host: &Path, container: &str) -> Value {
+    json!({"host_path": host, "container_path": container, "readonly": true})
+}
+
+/// The node's root, for programs that the image has not.
+fn node() -> Value {
+    json!({"host_path": "/", "container_path": "/node", "readonly": true, "recursive_read_only": true})
+}
