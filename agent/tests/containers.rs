@@ -545,6 +545,7 @@ async fn an_image_without_layers_is_an_empty_root() {
         layers: Vec::new(),
         spec: spec(&["sh"]).to_string().into_bytes(),
         user: None,
+        guest_devices: false,
     };
     guest.client.create_container(empty).await.unwrap();
     let error = guest.start_quietly("c1").await.unwrap_err();

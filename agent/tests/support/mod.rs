@@ -115,6 +115,7 @@ impl Guest {
                 merge_image_groups: true,
                 ..User::default()
             }),
+            guest_devices: false,
         };
         let user = self
             .client

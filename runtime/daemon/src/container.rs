@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use podvisor_proto::{cri, monitor};
 use tokio::sync::oneshot;
-use tracing::Instrument;
+use tracing::{Instrument, warn};
 
 use crate::daemon::{Daemon, now_ns, within};
 use crate::error::{Error, Result};
 use crate::ids;
 use crate::monitor::Monitor;
 use crate::pod::{Container, Pod};
+use crate::resources::check_cpus;
 use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
@@ -57,7 +58,17 @@ impl Daemon {
             .as_ref()
             .map_or("", |image| image.image.as_str());
         let image = self.find_image(image_name)?;
-        let built = spec::build(&config, &sandbox_config, &image.config)?;
+        let linux = config.linux.clone().unwrap_or_default();
+        check_cpus(&linux.resources.unwrap_or_default())?;
+        let security = spec::security(&config);
+        let target = self.target(&pod, &security)?;
+        let surroundings = spec::Surroundings {
+            sandbox: &sandbox_config,
+            image: &image.config,
+            seccomp: spec::seccomp::profile(&security).await?,
+            target: target.as_deref(),
+        };
+        let built = spec::build(&config, surroundings)?;
         let id = ids::new_id()?;
         let name = self.container_names.reserve(
             "container",
@@ -94,6 +105,7 @@ impl Daemon {
             stdin_once: config.stdin_once,
             terminal: config.tty,
             log_fd_token: send_log(&monitor, &record.log_path).await?,
+            guest_devices: built.guest_devices,
         };
         // A task of its own, as with sandboxes: a caller that goes away leaves nothing half made.
         let daemon = Arc::clone(self);
@@ -129,8 +141,12 @@ impl Daemon {
                         Ok(())
                     });
                 }
-                let container = Container::new(record, pod, name);
+                let container = Container::new(record, Arc::clone(&pod), name);
                 daemon.pods.insert_container(Arc::new(container));
+                if let Err(error) = daemon.place(&pod).await {
+                    // Better on CPUs of others than not at all.
+                    warn!(sandbox = pod.id, %error, "the VM stays on the CPUs it has");
+                }
                 result
             }
             .in_current_span(),
@@ -138,6 +154,29 @@ impl Daemon {
         let result = task.await.map_err(|_| Error::Cancelled)?;
         drop(caller);
         result.map(|()| id)
+    }
+
+    /// Id of the container whose processes a new one is to see (pid mode TARGET).
+    fn target(
+        &self,
+        pod: &Pod,
+        security: &cri::LinuxContainerSecurityContext,
+    ) -> Result<Option<String>> {
+        let options = security.namespace_options.clone().unwrap_or_default();
+        if options.pid() != cri::NamespaceMode::Target {
+            return Ok(None);
+        }
+        let target = self.pods.find_container(&options.target_id)?;
+        let state = target.state().state();
+        if target.pod.id != pod.id || state != monitor::ContainerState::Running {
+            return Err(Error::Precondition(format!(
+                "config.linux.security_context.namespace_options.target_id: container {} is {} in sandbox {}, not RUNNING in this one",
+                target.record.id,
+                state.as_str_name(),
+                target.pod.id
+            )));
+        }
+        Ok(Some(target.record.id.clone()))
     }
 
     /// The image a container names, by reference or id.
@@ -214,7 +253,7 @@ impl Daemon {
         };
         let mut client = monitor.client();
         let stop = client.stop_container(request);
-        let answer = within(grace + MARGIN, "StopContainer", stop).await?;
+        let answer = within(grace + CALL, "StopContainer", stop).await?;
         container.pod.apply(answer.snapshot);
         Ok(())
     }

@@ -8,4 +8,7 @@ mod containers;
 mod images;
 mod network;
 mod pods;
+mod resources;
 mod restart;
+mod security;
+mod stop;

@@ -264,7 +264,7 @@ impl Daemon {
         })
     }
 
-    fn cgroup_parent(&self, config: &cri::PodSandboxConfig) -> String {
+    pub(crate) fn cgroup_parent(&self, config: &cri::PodSandboxConfig) -> String {
         config
             .linux
             .as_ref()
