@@ -58,7 +58,7 @@ impl StoredFilter {
     /// Compiles a profile into the file `path`.
     pub fn compile(profile: &Seccomp, path: PathBuf) -> Result<Self, SeccompFilterError> {
         let program = program(profile)?;
-        let bytes: Vec<u8> = program.iter().flat_map(encode).collect();
+        let bytes: Vec<u8> = program.into_iter().flat_map(encode).collect();
         fs::write(&path, bytes)?;
         Ok(Self {
             path,
@@ -214,7 +214,7 @@ fn jump(
     }
 }
 
-fn encode(instruction: &libc::sock_filter) -> [u8; 8] {
+fn encode(instruction: libc::sock_filter) -> [u8; 8] {
     let [code0, code1] = instruction.code.to_ne_bytes();
     let [k0, k1, k2, k3] = instruction.k.to_ne_bytes();
     [code0, code1, instruction.jt, instruction.jf, k0, k1, k2, k3]

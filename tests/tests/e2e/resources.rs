@@ -242,9 +242,43 @@ fn out_of_memory_ends_one_container() {
         (status.reason.as_str(), status.exit_code),
         ("OOMKilled", 137)
     );
+    // Nobody limits this one but the VM's own memory.
+    let status = greedy("all", "exec tail /dev/zero", json!({}));
+    assert_eq!(
+        (status.reason.as_str(), status.exit_code),
+        ("OOMKilled", 137)
+    );
     assert_eq!(daemon.inspect(&other)["state"], "CONTAINER_RUNNING");
     assert_eq!(daemon.exec(&other, &["echo", "alive"]), "alive");
     assert_eq!(daemon.inspect_pod(&id)["state"], "SANDBOX_READY");
+}
+
+#[test]
+fn huge_pages_are_set_aside() {
+    let daemon = Daemon::start();
+    daemon.crictl(&["pull", &busybox()]).ok();
+    let pages = |size: &str, limit: u32| json!({"page_size": size, "limit": limit});
+    let linux =
+        json!({"resources": {"hugepage_limits": [pages("2MB", 16 << 20), pages("1GB", 0)]}});
+    let pod = daemon.pod("huge").with("linux", linux);
+    let id = daemon.run_pod(&pod);
+    let mut config = limited("c", json!({"hugepage_limits": [pages("2MB", 8 << 20)]}));
+    config["command"] = json!([
+        "sh",
+        "-c",
+        "grep HugePages_Total /proc/meminfo | tr -d ' '; cat /sys/fs/cgroup/hugetlb.2MB.max"
+    ]);
+    let container = daemon.create_started(&id, &pod, &config);
+    daemon.cri().wait_exit(&container);
+    assert_eq!(
+        logs::stdout(&pod.log("c")),
+        ["HugePages_Total:8", "8388608"]
+    );
+    let linux = json!({"resources": {"hugepage_limits": [pages("1GB", 1 << 30)]}});
+    let message = daemon
+        .try_run_pod(&daemon.pod("giant").with("linux", linux))
+        .failed("InvalidArgument");
+    assert!(message.contains("hugepage_limits"), "{message}");
 }
 
 /// The group of a pod below `parent`, in each hierarchy that has one.
