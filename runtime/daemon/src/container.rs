@@ -66,6 +66,7 @@ impl Daemon {
             sandbox: &sandbox_config,
             image: &image.config,
             seccomp: spec::seccomp::profile(&security).await?,
+            devices: spec::devices::of(&config).await?,
             target: target.as_deref(),
         };
         let built = spec::build(&config, surroundings)?;

@@ -30,7 +30,7 @@ const IN_GUEST: [(u64, u64); 8] = [
 ];
 
 /// Nodes, and the rules of who may use what. No rules: everything may be used.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Devices {
     /// To be made.
     pub nodes: Vec<LinuxDevice>,
@@ -38,12 +38,13 @@ pub struct Devices {
     pub rules: Vec<LinuxDeviceCgroup>,
 }
 
-/// The container's devices. Reads the nodes on the host: blocks for as long as stat(2).
+/// The container's devices.
 ///
 /// # Errors
 /// INVALID_ARGUMENT: a path or permissions that are none. FAILED_PRECONDITION: a device that only the
 /// host has.
-pub fn of(config: &cri::ContainerConfig, privileged: bool) -> Result<Devices> {
+pub async fn of(config: &cri::ContainerConfig) -> Result<Devices> {
+    let privileged = super::security(config).privileged;
     let mut nodes = Vec::with_capacity(config.devices.len());
     let mut rules = Vec::new();
     if !privileged {
@@ -54,7 +55,7 @@ pub fn of(config: &cri::ContainerConfig, privileged: bool) -> Result<Devices> {
         rules.push(nothing.build().map_err(build_error)?);
     }
     for device in &config.devices {
-        let node = node(device)?;
+        let node = node(device).await?;
         let rule = LinuxDeviceCgroupBuilder::default()
             .allow(true)
             .typ(LinuxDeviceType::C)
@@ -69,7 +70,7 @@ pub fn of(config: &cri::ContainerConfig, privileged: bool) -> Result<Devices> {
     Ok(Devices { nodes, rules })
 }
 
-fn node(device: &cri::Device) -> Result<LinuxDevice> {
+async fn node(device: &cri::Device) -> Result<LinuxDevice> {
     let invalid = |problem: String| Error::Invalid {
         field: FIELD,
         problem,
@@ -89,7 +90,8 @@ fn node(device: &cri::Device) -> Result<LinuxDevice> {
             "permissions {permissions:?} are not of \"rwm\""
         )));
     }
-    let status = std::fs::metadata(host_path)
+    let status = tokio::fs::metadata(host_path)
+        .await
         .map_err(|error| invalid(format!("host_path {host_path}: {error}")))?;
     let number = (major(status.rdev()), minor(status.rdev()));
     if !status.file_type().is_char_device() || !IN_GUEST.contains(&number) {
@@ -124,18 +126,21 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_the_guest_has_too_is_given() {
-        let devices = of(&device("/dev/zero", "/dev/nil", "rw"), false).unwrap();
+    #[tokio::test]
+    async fn what_the_guest_has_too_is_given() {
+        let mut config = device("/dev/zero", "/dev/nil", "rw");
+        let devices = of(&config).await.unwrap();
         assert_eq!((devices.nodes[0].major(), devices.nodes[0].minor()), (1, 5));
         assert_eq!(devices.rules.len(), 2);
         assert!(!devices.rules[0].allow() && devices.rules[1].allow());
-        let privileged = of(&device("/dev/zero", "/dev/nil", "rw"), true).unwrap();
+        let linux = config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default().privileged = true;
+        let privileged = of(&config).await.unwrap();
         assert!(privileged.rules.is_empty(), "nothing is forbidden");
     }
 
-    #[test]
-    fn what_only_the_host_has_is_refused() {
+    #[tokio::test]
+    async fn what_only_the_host_has_is_refused() {
         for (config, precondition) in [
             (device("/dev/no-such-device", "/dev/x", "rw"), false),
             (device("/dev/zero", "dev/x", "rw"), false),
@@ -144,7 +149,7 @@ mod tests {
             (device("/dev", "/dev/x", "r"), true),
             (device("/etc/passwd", "/dev/x", "r"), true),
         ] {
-            let error = of(&config, false).unwrap_err();
+            let error = of(&config).await.unwrap_err();
             let is = matches!(error, Error::Precondition(_));
             assert_eq!(is, precondition, "{error}");
         }

@@ -5,7 +5,7 @@
 
 mod capabilities;
 mod confinement;
-mod devices;
+pub mod devices;
 mod namespaces;
 pub mod resources;
 pub mod seccomp;
@@ -51,6 +51,8 @@ pub struct Surroundings<'a> {
     pub image: &'a ImageConfiguration,
     /// See [`seccomp::profile`].
     pub seccomp: Option<seccomp::Profile>,
+    /// See [`devices::of`].
+    pub devices: devices::Devices,
     /// Id of the container whose processes it sees (pid mode TARGET).
     pub target: Option<&'a str>,
 }
@@ -134,13 +136,12 @@ pub fn build(
         .oom_score_adj(resources.oom_score_adj as i32)
         .build()
         .map_err(build_error)?;
-    let devices = devices::of(config, security.privileged)?;
     let mut limits = resources::of(&resources)?;
-    limits.set_devices(Some(devices.rules));
+    limits.set_devices(Some(surroundings.devices.rules));
     let mut linux = LinuxBuilder::default()
         .namespaces(namespaces::of(&security, surroundings.target)?)
         .resources(limits)
-        .devices(devices.nodes)
+        .devices(surroundings.devices.nodes)
         .masked_paths(hidden(&security, "masked_paths", &security.masked_paths)?)
         .readonly_paths(hidden(
             &security,
@@ -397,6 +398,7 @@ mod tests {
             sandbox: &cri::PodSandboxConfig::default(),
             image: &image(),
             seccomp: None,
+            devices: devices::Devices::default(),
             target: None,
         };
         build(config, surroundings)
