@@ -17,6 +17,9 @@ test: build          ## unit, property and end-to-end tests (as root), then thos
 	cargo test --locked --workspace
 	scripts/test-kvm
 
+conformance: build   ## critest against podvisord on QEMU, as root; what is skipped: tests/rig/critest/skipped
+	scripts/conformance
+
 lint:                ## formatting, clippy, dependencies, shell scripts
 	scripts/lint
 
@@ -38,4 +41,4 @@ install: build       ## binaries, guest image and, if there is none, a configura
 deps:                ## Debian packages needed to build, run and test (as root)
 	scripts/install-deps
 
-.PHONY: help build image run test lint fuzz bench instructions install deps
+.PHONY: help build image run test conformance lint fuzz bench instructions install deps

@@ -5,7 +5,7 @@ set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 rig=$repository/tests/rig
-release=$repository/target/release
+release=${PODVISOR_BIN_DIR:-$repository/target/release}
 name=$(basename "$0")
 : "${work:=$repository/target/$name}"
 

@@ -13,6 +13,9 @@ use crate::oci::{DeviceKind, DeviceRule};
 /// Most rules: far below what the kernel takes as one program.
 const RULE_LIMIT: usize = 1024;
 
+/// How often a program is given to the verifier again.
+const LOAD_RETRIES: usize = 10;
+
 /// `BPF_DEVCG_ACC_*`.
 const MAKE_NODE: u8 = 1;
 const READ: u8 = 2;
@@ -130,7 +133,17 @@ impl DeviceFilter {
         attribute.words[1] = self.0.len() as u32;
         attribute.set_pointer(2, self.0.as_ptr() as u64);
         attribute.set_pointer(4, license.as_ptr() as u64);
-        let fd = bpf(BPF_PROG_LOAD, &attribute)?;
+        // The verifier gives up when a signal is pending, as they are when processes end. Once more is enough,
+        // unless the next one has ended, too.
+        let load = || bpf(BPF_PROG_LOAD, &attribute);
+        let mut loaded = load();
+        for _ in 0..LOAD_RETRIES {
+            if !matches!(&loaded, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
+                break;
+            }
+            loaded = load();
+        }
+        let fd = loaded?;
         // SAFETY: bpf has just returned this descriptor, nobody else has it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }

@@ -282,6 +282,36 @@ pub struct Resources {
     pub unified: BTreeMap<String, String>,
 }
 
+impl Resources {
+    /// Takes over what `changes` names; devices stay.
+    pub fn change(&mut self, changes: Self) {
+        self.cpu.change(changes.cpu);
+        let memory = changes.memory;
+        self.memory.limit = memory.limit.or(self.memory.limit);
+        self.memory.reservation = memory.reservation.or(self.memory.reservation);
+        self.memory.swap = memory.swap.or(self.memory.swap);
+        self.pids = changes.pids.or(self.pids.take());
+        for limit in changes.hugepage_limits {
+            self.hugepage_limits
+                .retain(|old| old.page_size != limit.page_size);
+            self.hugepage_limits.push(limit);
+        }
+        self.unified.extend(changes.unified);
+    }
+}
+
+impl Cpu {
+    fn change(&mut self, changes: Self) {
+        self.shares = changes.shares.or(self.shares);
+        self.quota = changes.quota.or(self.quota);
+        self.period = changes.period.or(self.period);
+        self.burst = changes.burst.or(self.burst);
+        self.idle = changes.idle.or(self.idle);
+        self.cpus = changes.cpus.or(self.cpus.take());
+        self.mems = changes.mems.or(self.mems.take());
+    }
+}
+
 /// Who may use a device. What is none, or -1, is any.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -2,11 +2,12 @@
 //! (Documentation/admin-guide/cgroup-v2.rst). Devices are the [`device_filter`](crate::device_filter)'s.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
+use crate::cgroup::Cgroup;
 use crate::oci::{Cpu, Memory, Resources};
 
 /// Shares (version 1) and weight (version 2) of the CPU: smallest and largest.
@@ -19,6 +20,17 @@ pub enum ResourcesError {
     /// They contradict each other.
     #[error("{0}")]
     Inconsistent(&'static str),
+    /// No such file.
+    #[error("control groups have no {0}")]
+    NoFile(String),
+    /// A new limit that processes are above already.
+    #[error("{used} bytes are in use, more than the new limit of {limit}")]
+    InUse {
+        /// Bytes.
+        limit: u64,
+        /// Bytes, without the cache of files.
+        used: u64,
+    },
     /// The kernel refused.
     #[error("cannot set {file} to {value}: {source}")]
     Set {
@@ -37,24 +49,109 @@ type Setting = (String, String);
 /// Writes the limits into the control group whose directory is `group`.
 pub fn apply(resources: &Resources, group: BorrowedFd<'_>) -> Result<(), ResourcesError> {
     for (file, value) in settings(resources)? {
-        write(group, &file, &value).map_err(|source| ResourcesError::Set {
-            file,
-            value,
-            source,
-        })?;
+        set(group, &file, &value)?;
     }
     Ok(())
 }
 
+/// Changes the limits of processes that run: all, or none when this fails.
+pub fn update(resources: &Resources, group: BorrowedFd<'_>) -> Result<(), ResourcesError> {
+    let settings = settings(resources)?;
+    check_memory(resources, group)?;
+    let mut before: Vec<Setting> = Vec::with_capacity(settings.len());
+    for (file, value) in settings {
+        let old = read(group, &file).unwrap_or_default();
+        if let Err(error) = set(group, &file, &value) {
+            for (file, value) in before.into_iter().rev() {
+                // What was in force a moment ago can be again.
+                let _ = write(group, &file, &value);
+            }
+            return Err(error);
+        }
+        before.push((file, old));
+    }
+    Ok(())
+}
+
+/// Looks at limits that are not to be applied yet.
+pub fn check(resources: &Resources) -> Result<(), ResourcesError> {
+    settings(resources)?;
+    match resources
+        .unified
+        .keys()
+        .find(|file| !Cgroup::all_containers().file(file).exists())
+    {
+        Some(file) => Err(ResourcesError::NoFile(file.clone())),
+        None => Ok(()),
+    }
+}
+
+/// The kernel kills processes until a new limit holds: that is not what a change is for.
+fn check_memory(resources: &Resources, group: BorrowedFd<'_>) -> Result<(), ResourcesError> {
+    let Some(limit) = resources
+        .memory
+        .limit
+        .and_then(|limit| u64::try_from(limit).ok())
+    else {
+        return Ok(());
+    };
+    let current = read(group, "memory.current").ok();
+    let current = current
+        .and_then(|text| text.parse::<u64>().ok())
+        .unwrap_or(0);
+    let statistics = read(group, "memory.stat").unwrap_or_default();
+    // The cache of files goes when memory gets short.
+    let file = statistics
+        .lines()
+        .find_map(|line| line.strip_prefix("file "))
+        .and_then(|number| number.parse::<u64>().ok())
+        .unwrap_or(0);
+    let used = current.saturating_sub(file);
+    if limit == 0 || used <= limit {
+        Ok(())
+    } else {
+        Err(ResourcesError::InUse { limit, used })
+    }
+}
+
+fn set(group: BorrowedFd<'_>, file: &str, value: &str) -> Result<(), ResourcesError> {
+    match write(group, file, value) {
+        // Kubelets limit pages of all sizes that the node has, to nothing if need be: so it is when the
+        // guest has no such pages.
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                && file.starts_with("hugetlb.")
+                && value == "0" =>
+        {
+            Ok(())
+        }
+        result => result.map_err(|source| ResourcesError::Set {
+            file: file.to_owned(),
+            value: value.to_owned(),
+            source,
+        }),
+    }
+}
+
 fn write(group: BorrowedFd<'_>, file: &str, value: &str) -> io::Result<()> {
-    // A name in the spec is one of this group's files and nothing else.
+    open(group, file, OFlag::O_WRONLY)?.write_all(value.as_bytes())
+}
+
+fn read(group: BorrowedFd<'_>, file: &str) -> io::Result<String> {
+    let mut text = String::new();
+    open(group, file, OFlag::O_RDONLY)?.read_to_string(&mut text)?;
+    Ok(text.trim_end().to_owned())
+}
+
+/// A name in the spec is one of this group's files and nothing else.
+fn open(group: BorrowedFd<'_>, file: &str, access: OFlag) -> io::Result<File> {
     let how = OpenHow::new()
-        .flags(OFlag::O_WRONLY | OFlag::O_CLOEXEC)
+        .flags(access | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH);
     if file.contains('/') {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    File::from(openat2(group, file, how)?).write_all(value.as_bytes())
+    Ok(File::from(openat2(group, file, how)?))
 }
 
 fn settings(resources: &Resources) -> Result<Vec<Setting>, ResourcesError> {
@@ -66,7 +163,11 @@ fn settings(resources: &Resources) -> Result<Vec<Setting>, ResourcesError> {
     for limit in &resources.hugepage_limits {
         settings.push((
             format!("hugetlb.{}.max", limit.page_size),
-            number_or_max(limit.limit),
+            if limit.limit < 0 {
+                "max".to_owned()
+            } else {
+                limit.limit.to_string()
+            },
         ));
     }
     // Last: who names a file knows best.

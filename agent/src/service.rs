@@ -10,6 +10,7 @@ use podvisor_proto::agent::{
     EventsRequest, ExecRequest, ExecResponse, HelloRequest, HelloResponse, RemoveContainerRequest,
     RemoveContainerResponse, ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse,
     SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse,
+    UpdateContainerRequest, UpdateContainerResponse,
 };
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
@@ -20,8 +21,10 @@ use crate::image_volume::ImageVolumeError;
 use crate::kmsg;
 use crate::launcher::{FailureKind, LaunchError};
 use crate::network::{self, NetworkError};
+use crate::resources::ResourcesError;
 use crate::rootfs::RootfsError;
 use crate::sandbox::SandboxError;
+use crate::seccomp::SeccompFilterError;
 use crate::streams::StreamError;
 use crate::sysctl::SysctlError;
 use crate::user::UserError;
@@ -133,6 +136,15 @@ impl Agent for Service {
         Ok(Response::new(StartContainerResponse { pid: pid as u32 }))
     }
 
+    async fn update_container(
+        &self,
+        request: Request<UpdateContainerRequest>,
+    ) -> Result<Response<UpdateContainerResponse>, Status> {
+        let pod = self.pod.clone();
+        complete(async move { pod.update(request.into_inner()).await }).await?;
+        Ok(Response::new(UpdateContainerResponse {}))
+    }
+
     async fn remove_container(
         &self,
         request: Request<RemoveContainerRequest>,
@@ -229,6 +241,7 @@ fn container_code(error: &ContainerError) -> Code {
             Code::AlreadyExists
         }
         ContainerError::State { .. }
+        | ContainerError::Resources(ResourcesError::InUse { .. } | ResourcesError::Set { .. })
         | ContainerError::Sandbox(SandboxError::NotConfigured)
         | ContainerError::ImageVolume(ImageVolumeError::Empty | ImageVolumeError::SubPath { .. })
         | ContainerError::Launch(LaunchError::Failed {
@@ -238,6 +251,10 @@ fn container_code(error: &ContainerError) -> Code {
         ContainerError::Id(_)
         | ContainerError::Invalid(_)
         | ContainerError::Spec(_)
+        | ContainerError::Seccomp(
+            SeccompFilterError::Compile(_) | SeccompFilterError::TooLarge(_),
+        )
+        | ContainerError::Resources(ResourcesError::Inconsistent(_) | ResourcesError::NoFile(_))
         | ContainerError::User(
             UserError::NoUser(_)
             | UserError::NoGroup(_)
@@ -267,6 +284,7 @@ fn container_code(error: &ContainerError) -> Code {
         | ContainerError::Disk(_)
         | ContainerError::Rootfs(_)
         | ContainerError::ImageVolume(ImageVolumeError::Mount(_))
+        | ContainerError::Seccomp(SeccompFilterError::Write(_))
         | ContainerError::Launch(_)
         | ContainerError::Kernel { .. } => Code::Internal,
     }

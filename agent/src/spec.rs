@@ -21,6 +21,8 @@ const POD: &str = "pod";
 const VOLUME: &str = "volume";
 /// Type of a mount of an image: its source is the number of an image volume.
 const IMAGE: &str = "image";
+/// Before an id, in place of a path: the namespace of that container.
+const CONTAINER: &str = "container:";
 /// What `PATH` means where none is set, as in containerd.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -37,10 +39,10 @@ pub enum SpecError {
     #[error("the spec has no {0}")]
     Missing(&'static str),
     /// The host decides what is shared, the guest where it is.
-    #[error("namespace {} has a path that is not \"{POD}\"", .0.file_name())]
+    #[error("namespace {} has a path that is neither \"{POD}\" nor a container's", .0.file_name())]
     NamespacePath(NamespaceKind),
     /// Not shared between containers.
-    #[error("namespace {} cannot be the pod's", .0.file_name())]
+    #[error("namespace {} cannot be the pod's or another container's", .0.file_name())]
     NotShared(NamespaceKind),
     /// The host says what is shared, the guest where it is.
     #[error("volume {} is not a path below the volumes", .0.display())]
@@ -65,16 +67,19 @@ impl ContainerSpec {
         }
         let namespaces = &spec.linux.namespaces;
         for Namespace { kind, path } in namespaces {
-            let can_be_shared = matches!(
-                kind,
-                NamespaceKind::Ipc | NamespaceKind::Uts | NamespaceKind::Pid
-            );
-            match path {
-                Some(path) if path != Path::new(POD) => {
-                    return Err(SpecError::NamespacePath(*kind));
-                }
-                Some(_) if !can_be_shared => return Err(SpecError::NotShared(*kind)),
-                None | Some(_) => {}
+            let Some(path) = path else { continue };
+            let can_be_shared = if path == Path::new(POD) {
+                matches!(
+                    kind,
+                    NamespaceKind::Ipc | NamespaceKind::Uts | NamespaceKind::Pid
+                )
+            } else if container(path).is_some() {
+                *kind == NamespaceKind::Pid
+            } else {
+                return Err(SpecError::NamespacePath(*kind));
+            };
+            if !can_be_shared {
+                return Err(SpecError::NotShared(*kind));
             }
         }
         // Without these two, the container would be in the agent's own.
@@ -107,9 +112,21 @@ impl ContainerSpec {
     /// Whether the container shares the pod's namespace of this kind.
     pub fn shares(&self, kind: NamespaceKind) -> bool {
         let namespaces = &self.0.linux.namespaces;
-        namespaces
-            .iter()
-            .any(|namespace| namespace.kind == kind && namespace.path.is_some())
+        namespaces.iter().any(|namespace| {
+            namespace.kind == kind && namespace.path.as_deref() == Some(Path::new(POD))
+        })
+    }
+
+    /// The container whose pid namespace this one shares, by id.
+    pub fn pid_target(&self) -> Option<&str> {
+        let mut namespaces = self.0.linux.namespaces.iter();
+        let pid = namespaces.find(|namespace| namespace.kind == NamespaceKind::Pid)?;
+        container(pid.path.as_deref()?)
+    }
+
+    /// Adds devices.
+    pub fn add_devices(&mut self, devices: Vec<Device>) {
+        self.0.linux.devices.extend(devices);
     }
 
     /// Gives the container a block device, `number` as in `st_rdev`.
@@ -183,7 +200,7 @@ impl ContainerSpec {
         }
         complete_process(&mut spec.process, account);
         for namespace in &mut spec.linux.namespaces {
-            if namespace.path.is_some() {
+            if namespace.path.as_deref() == Some(Path::new(POD)) {
                 namespace.path = Some(files::namespace(namespace.kind.file_name()));
             }
         }
@@ -192,6 +209,11 @@ impl ContainerSpec {
             devices,
         })
     }
+}
+
+/// The id in a path that stands for a container's namespace.
+fn container(path: &Path) -> Option<&str> {
+    path.to_str()?.strip_prefix(CONTAINER)
 }
 
 /// A spec that can run.
@@ -327,6 +349,16 @@ mod tests {
     }
 
     #[test]
+    fn a_container_can_share_anothers_processes() {
+        let mut spec = sample();
+        spec["linux"]["namespaces"][1]["path"] = json!("container:abc");
+        let spec = parse(&spec).unwrap();
+        assert_eq!(spec.pid_target(), Some("abc"));
+        assert!(!spec.shares(NamespaceKind::Pid), "the pod's is another one");
+        assert_eq!(parse(&sample()).unwrap().pid_target(), None);
+    }
+
+    #[test]
     fn the_pods_files_are_bound_unless_the_spec_brings_its_own() {
         let complete = parse(&sample())
             .unwrap()
@@ -367,6 +399,13 @@ mod tests {
             with(
                 "/linux/namespaces/0",
                 json!({"type": "mount", "path": "pod"})
+            )
+            .is_some()
+        );
+        assert!(
+            with(
+                "/linux/namespaces/3",
+                json!({"type": "uts", "path": "container:a"})
             )
             .is_some()
         );

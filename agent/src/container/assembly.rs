@@ -13,11 +13,14 @@ use super::{
     check_id, fingerprint, kernel, lock,
 };
 use crate::disk::{DiskError, Range};
+use crate::guest_devices;
 use crate::image_volume;
 use crate::in_root::Root;
 use crate::oci::NamespaceKind;
+use crate::resources;
 use crate::rootfs::Rootfs;
 use crate::sandbox::files;
+use crate::seccomp::StoredFilter;
 use crate::spec::{CompleteSpec, ContainerSpec};
 use crate::user;
 
@@ -111,6 +114,10 @@ fn assemble(
     fingerprint: u64,
 ) -> Result<Container, ContainerError> {
     let mut spec = ContainerSpec::parse(&request.spec)?;
+    if request.guest_devices {
+        let devices = guest_devices::all().map_err(kernel("reading the guest's devices"))?;
+        spec.add_devices(devices);
+    }
     let hostname = assembly.sandbox.hostname()?.to_owned();
     let layers = without_covered(ranges(&request.layers)?);
     let volumes = request.image_volumes.iter();
@@ -217,7 +224,8 @@ fn write_bundle(
     root.directory(spec.cwd())
         .map_err(kernel("making the working directory"))?;
     let pod_pids = spec.shares(NamespaceKind::Pid);
-    let CompleteSpec { spec, devices } = spec.complete(
+    let pid_target = spec.pid_target().map(str::to_owned);
+    let CompleteSpec { mut spec, devices } = spec.complete(
         rootfs.path(),
         &image_volumes(&request.id),
         &account,
@@ -225,26 +233,24 @@ fn write_bundle(
     )?;
 
     let bundle = bundle(&request.id);
-    let write = |name: &str, content: serde_json::Result<Vec<u8>>| {
-        let path = bundle.join(name);
-        content
-            .map_err(io::Error::from)
-            .and_then(|content| fs::write(&path, content))
-            .map(|()| path)
-            .map_err(kernel("writing the bundle"))
-    };
-    write(SPEC, serde_json::to_vec(&spec))?;
+    resources::check(&spec.linux.resources)?;
     let seccomp = spec
         .linux
         .seccomp
-        .map(|seccomp| write("seccomp.json", serde_json::to_vec(&seccomp)))
+        .take()
+        .map(|profile| StoredFilter::compile(&profile, bundle.join("seccomp.bpf")))
         .transpose()?;
+    serde_json::to_vec(&spec)
+        .map_err(io::Error::from)
+        .and_then(|content| fs::write(bundle.join(SPEC), content))
+        .map_err(kernel("writing the bundle"))?;
     Ok(Container {
         id: request.id.clone(),
         fingerprint,
         user: account.ids,
         bundle,
         pod_pids,
+        pid_target,
         process: spec.process,
         seccomp,
         devices,

@@ -151,7 +151,7 @@ impl Container {
     }
 
     /// The first process, and the group that everything of the container is in.
-    fn first_process(&self) -> Result<(Arc<OwnedFd>, Cgroup), ContainerError> {
+    pub(super) fn first_process(&self) -> Result<(Arc<OwnedFd>, Cgroup), ContainerError> {
         match &*self.state() {
             State::Started(started) => match &started.pidfd {
                 Some(pidfd) => Ok((Arc::clone(pidfd), started.cgroup.clone())),

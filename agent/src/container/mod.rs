@@ -5,6 +5,7 @@
 //! | [`assembly`]| create and remove: layers, root, bundle           |
 //! | [`run`]     | start, and what happens when the process ends     |
 //! | [`exec`]    | more processes in a running container             |
+//! | [`update`]  | new limits                                        |
 //! | [`control`] | signals, terminal sizes, the end of it all        |
 //!
 //! Three kinds of lock, taken in this order: a container's `turn` (one call at a time changes its life),
@@ -14,6 +15,7 @@ mod assembly;
 mod control;
 mod exec;
 mod run;
+mod update;
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hasher};
@@ -35,8 +37,10 @@ use crate::image_volume::ImageVolumeError;
 use crate::launcher::{LaunchError, Launcher};
 use crate::oci::Process;
 use crate::reaper::Reaper;
+use crate::resources::ResourcesError;
 use crate::rootfs::RootfsError;
 use crate::sandbox::{Sandbox, SandboxError};
+use crate::seccomp::{SeccompFilterError, StoredFilter};
 use crate::spec::SpecError;
 use crate::stdio::Running;
 use crate::streams::{StreamError, Streams};
@@ -81,6 +85,9 @@ pub enum ContainerError {
     /// See [`SpecError`].
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// See [`SeccompFilterError`].
+    #[error(transparent)]
+    Seccomp(#[from] SeccompFilterError),
     /// See [`UserError`].
     #[error(transparent)]
     User(#[from] UserError),
@@ -96,6 +103,9 @@ pub enum ContainerError {
     /// See [`ImageVolumeError`].
     #[error(transparent)]
     ImageVolume(#[from] ImageVolumeError),
+    /// See [`ResourcesError`].
+    #[error(transparent)]
+    Resources(#[from] ResourcesError),
     /// See [`StreamError`].
     #[error(transparent)]
     Stream(#[from] StreamError),
@@ -182,10 +192,12 @@ struct Container {
     bundle: PathBuf,
     /// Shares the pod's pid namespace.
     pod_pids: bool,
+    /// Id of the container whose pid namespace it shares.
+    pid_target: Option<String>,
     /// Template of each exec's process.
     process: Process,
-    /// File with the seccomp filter of each exec.
-    seccomp: Option<PathBuf>,
+    /// Of each of its processes.
+    seccomp: Option<StoredFilter>,
     devices: Option<DeviceFilter>,
     turn: tokio::sync::Mutex<()>,
     state: Mutex<State>,

@@ -90,15 +90,21 @@ impl Pod {
             relays,
         } = wiring;
         let directory = cgroup.open().map_err(kernel("opening the control group"))?;
+        let target = container
+            .pid_target
+            .as_ref()
+            .map(|id| self.find(id)?.first_process())
+            .transpose()?
+            .map(|(process, _)| process);
+        let mut fds = vec![directory.as_fd()];
+        fds.extend(target.as_ref().map(|process| process.as_fd()));
         let request = Request::Create(CreateRequest {
             spec: container.bundle.join(SPEC),
+            seccomp: container.seccomp.clone(),
         });
         let expectation = self.0.reaper.expect();
-        let Launched { pid, console } = self
-            .0
-            .launcher
-            .launch(&request, process_side, &[directory.as_fd()])
-            .await?;
+        let Launched { pid, console } =
+            self.0.launcher.launch(&request, process_side, &fds).await?;
         let exit = expectation.claim(pid);
         let relays = relays
             .begin(console)

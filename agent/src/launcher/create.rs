@@ -10,32 +10,45 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::unistd::{chdir, fchdir, pivot_root, sethostname};
 
-use super::message::{CreateRequest, Report, Reporter};
+use super::message::{CreateRequest, FailureKind, Report, Reporter};
 use super::process::{CLONE_INTO_CGROUP, CloneArguments, Failure};
 use super::{program, view};
 use crate::in_root::Root;
 use crate::oci::{Namespace, NamespaceKind, Spec};
 use crate::resources;
+use crate::seccomp::{Filter, StoredFilter};
 use crate::sysctl;
 
-/// Makes the first process of a container in `cgroup`.
-pub fn run(request: &CreateRequest, cgroup: OwnedFd, reporter: Reporter) -> Result<(), Failure> {
+/// Makes the first process of a container in `cgroup`, in the pid namespace of `target` if there is one.
+pub fn run(
+    request: &CreateRequest,
+    cgroup: OwnedFd,
+    target: Option<&OwnedFd>,
+    reporter: Reporter,
+) -> Result<(), Failure> {
     let step = |what| move |error: nix::Error| Failure::other(what, &error);
     let spec = fs::read(&request.spec)
         .map_err(serde_json::Error::io)
         .and_then(|bytes| serde_json::from_slice::<Spec>(&bytes))
         .map_err(|error| Failure::other("reading the spec", &error))?;
+    let filter = request
+        .seccomp
+        .as_ref()
+        .map(StoredFilter::read)
+        .transpose()
+        .map_err(|error| Failure::other("reading the seccomp filter", &error))?;
     resources::apply(&spec.linux.resources, cgroup.as_fd())
         .map_err(|error| Failure::other("limiting the container's resources", &error))?;
     program::set_oom_score_adj(&spec.process)?;
     // From here on this process may be seen from inside.
     prctl::set_dumpable(false).map_err(step("prctl"))?;
-    let own = join_namespaces(&spec.linux.namespaces)?;
+    let own = join_namespaces(&spec.linux.namespaces, target)?;
     let arguments = CloneArguments {
         // The cgroup namespace comes later: its root is the control group of who makes it.
         flags: (own & !CloneFlags::CLONE_NEWCGROUP).bits() as u64
@@ -52,12 +65,16 @@ pub fn run(request: &CreateRequest, cgroup: OwnedFd, reporter: Reporter) -> Resu
             reporter.send(&Report::Process(pid));
             Ok(())
         }
-        None => Err(first_process(&spec, own, reporter)),
+        None => Err(first_process(&spec, own, filter.as_ref(), reporter)),
     }
 }
 
-/// Joins the namespaces that have a path; returns those that are to be made.
-fn join_namespaces(namespaces: &[Namespace]) -> Result<CloneFlags, Failure> {
+/// Joins the namespaces that have a path, and the pid namespace of `target`; returns those that are to be
+/// made.
+fn join_namespaces(
+    namespaces: &[Namespace],
+    target: Option<&OwnedFd>,
+) -> Result<CloneFlags, Failure> {
     let mut own = CloneFlags::empty();
     for namespace in namespaces {
         let kind = match namespace.kind {
@@ -68,9 +85,18 @@ fn join_namespaces(namespaces: &[Namespace]) -> Result<CloneFlags, Failure> {
             NamespaceKind::Network => CloneFlags::CLONE_NEWNET,
             NamespaceKind::Cgroup => CloneFlags::CLONE_NEWCGROUP,
         };
-        match &namespace.path {
-            None => own |= kind,
-            Some(path) => join(path, kind)
+        match (&namespace.path, target) {
+            (None, _) => own |= kind,
+            (Some(_), Some(target)) if kind == CloneFlags::CLONE_NEWPID => {
+                setns(target, kind).map_err(|error| match error {
+                    Errno::ESRCH => Failure {
+                        kind: FailureKind::Gone,
+                        message: "the container whose processes it is to see has ended".to_owned(),
+                    },
+                    error => Failure::other("joining another container's pid namespace", &error),
+                })?;
+            }
+            (Some(path), _) => join(path, kind)
                 .map_err(|error| Failure::other("joining the pod's namespaces", &error))?,
         }
     }
@@ -82,12 +108,14 @@ fn join(path: &Path, kind: CloneFlags) -> io::Result<()> {
 }
 
 /// The life of the container's first process until it is its program. Returns only if that fails.
-fn first_process(spec: &Spec, own: CloneFlags, reporter: Reporter) -> Failure {
+fn first_process(
+    spec: &Spec,
+    own: CloneFlags,
+    filter: Option<&Filter>,
+    reporter: Reporter,
+) -> Failure {
     match enter(spec, own) {
-        Ok(()) => {
-            let filter = spec.linux.seccomp.as_ref();
-            program::become_program(&spec.process, filter, true, reporter)
-        }
+        Ok(()) => program::become_program(&spec.process, filter, true, reporter),
         Err(failure) => failure,
     }
 }

@@ -1,7 +1,6 @@
 //! One more process in a running container: one `setns` with a pidfd, and one `clone3` into its control
 //! group.
 
-use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -11,7 +10,8 @@ use nix::sys::prctl;
 use super::message::{ExecRequest, FailureKind, Report, Reporter};
 use super::process::{CLONE_INTO_CGROUP, CloneArguments, Failure};
 use super::program;
-use crate::oci::{Process, Seccomp};
+use crate::oci::Process;
+use crate::seccomp::Filter;
 
 /// Joins the container's namespaces and makes the process in `cgroup`.
 pub fn run(
@@ -23,10 +23,7 @@ pub fn run(
     let ExecRequest { process, seccomp } = request;
     // Before the container's namespaces: they have other files at these paths.
     let seccomp = seccomp
-        .map(|path| {
-            let bytes = fs::read(path).map_err(serde_json::Error::io)?;
-            serde_json::from_slice(&bytes)
-        })
+        .map(|filter| filter.read())
         .transpose()
         .map_err(|error| Failure::other("reading the seccomp filter", &error))?;
     program::set_oom_score_adj(&process)?;
@@ -65,7 +62,7 @@ pub fn run(
 /// The life of the process until it is its program. Returns only if that fails.
 fn become_program(
     process: &Process,
-    seccomp: Option<&Seccomp>,
+    seccomp: Option<&Filter>,
     pidfd: &OwnedFd,
     reporter: Reporter,
 ) -> Failure {

@@ -8,6 +8,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::{Deserialize, Serialize};
 
 use crate::oci::Process;
+use crate::seccomp::StoredFilter;
 
 /// Longest report, in bytes.
 pub const REPORT_LIMIT: usize = 8192;
@@ -17,7 +18,8 @@ const TEXT_LIMIT: usize = 1024;
 /// What is to be launched.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// A container's first process. Besides: its control group's directory.
+    /// A container's first process. Besides: its control group's directory, and a pidfd of the first process
+    /// of the container whose pid namespace it joins, if it joins one.
     Create(CreateRequest),
     /// One more process in a container. Besides: its control group's directory, a pidfd of the
     /// container's first process.
@@ -31,6 +33,8 @@ pub enum Request {
 pub struct CreateRequest {
     /// File with the spec.
     pub spec: PathBuf,
+    /// The container's seccomp filter.
+    pub seccomp: Option<StoredFilter>,
 }
 
 /// See [`Request::Exec`].
@@ -38,8 +42,8 @@ pub struct CreateRequest {
 pub struct ExecRequest {
     /// The process, as in a spec.
     pub process: Process,
-    /// The container's seccomp filter, a file with the spec's `linux.seccomp`.
-    pub seccomp: Option<PathBuf>,
+    /// The container's seccomp filter.
+    pub seccomp: Option<StoredFilter>,
 }
 
 /// Whose fault a failure is.

@@ -15,7 +15,6 @@ mod message;
 mod pause;
 pub mod process;
 mod program;
-mod seccomp;
 mod view;
 
 use std::io::{self, IoSlice, IoSliceMut, Write};

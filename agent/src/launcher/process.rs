@@ -176,7 +176,7 @@ fn answer(
         .map_err(|error| Failure::other("placing the standard streams", &error))?;
     match request {
         Request::Create(request) => match fds.next() {
-            Some(cgroup) => create::run(&request, cgroup, reporter),
+            Some(cgroup) => create::run(&request, cgroup, fds.next().as_ref(), reporter),
             None => Err(Failure::other("reading the request", &"no control group")),
         },
         Request::Exec(request) => match (fds.next(), fds.next()) {

@@ -16,10 +16,11 @@ use nix::unistd::{
 
 use super::message::{FailureKind, Reporter};
 use super::process::Failure;
-use super::{capabilities, executable, seccomp};
+use super::{capabilities, executable};
 use crate::in_root::Root;
 use crate::mount::Mount;
-use crate::oci::{self, Limit, Process, Seccomp};
+use crate::oci::{self, Limit, Process};
+use crate::seccomp::Filter;
 
 /// Sets what the process inherits. Not possible any more when this process is not dumpable.
 pub fn set_oom_score_adj(process: &Process) -> Result<(), Failure> {
@@ -34,7 +35,7 @@ pub fn set_oom_score_adj(process: &Process) -> Result<(), Failure> {
 /// /dev/console. Returns only if that fails.
 pub fn become_program(
     process: &Process,
-    filter: Option<&Seccomp>,
+    filter: Option<&Filter>,
     console: bool,
     reporter: Reporter,
 ) -> Failure {
@@ -46,7 +47,7 @@ pub fn become_program(
 
 fn prepare(
     process: &Process,
-    filter: Option<&Seccomp>,
+    filter: Option<&Filter>,
     console: bool,
     reporter: Reporter,
 ) -> Result<(), Failure> {
@@ -63,7 +64,7 @@ fn prepare(
         prctl::set_no_new_privs().map_err(step("setting no_new_privs"))?;
     } else if let Some(filter) = filter {
         // Without no_new_privs this takes CAP_SYS_ADMIN, which goes away below.
-        seccomp::load(filter)?;
+        filter.load().map_err(step("loading the seccomp filter"))?;
     }
     if let Some(mask) = process.user.umask {
         umask(Mode::from_bits_truncate(mask));
@@ -76,7 +77,7 @@ fn prepare(
     if process.no_new_privileges
         && let Some(filter) = filter
     {
-        seccomp::load(filter)?;
+        filter.load().map_err(step("loading the seccomp filter"))?;
     }
     // Whatever is open besides the standard streams closes with the execution.
     // SAFETY: numbers.

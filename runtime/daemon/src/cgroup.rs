@@ -117,6 +117,42 @@ impl PodCgroup {
         Ok(())
     }
 
+    /// Keeps the group's processes on some of the node's CPUs and memory nodes, lists as in cpuset(7). Empty:
+    /// on those of its parent. A host without the controller is left as it is, if nothing is asked of it.
+    ///
+    /// # Errors
+    /// The node does not have them, or the parent may not use them.
+    pub fn set_cpuset(&self, cpus: &str, mems: &str) -> Result<(), CgroupError> {
+        for (name, list) in [("cpuset.cpus", cpus), ("cpuset.mems", mems)] {
+            let file = self
+                .groups
+                .iter()
+                .find(|group| group.root.join(name).exists());
+            let Some(group) = file else {
+                if list.is_empty() {
+                    continue;
+                }
+                let path = PathBuf::from(name);
+                return Err(CgroupError::io(&path, "find the controller")(
+                    io::ErrorKind::NotFound.into(),
+                ));
+            };
+            let file = group.root.join(name);
+            let mut wanted = list.to_owned();
+            if list.is_empty() && group.kind == Kind::V1Cpuset {
+                let above = group.root.parent().unwrap_or(&group.root).join(name);
+                wanted = fs::read_to_string(&above).map_err(CgroupError::io(&above, "read"))?;
+            }
+            // Every write makes the kernel look at each process of the group.
+            let is = fs::read_to_string(&file).unwrap_or_default();
+            if is.trim() != wanted.trim() {
+                fs::write(&file, format!("{}\n", wanted.trim()))
+                    .map_err(CgroupError::io(&file, "set"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Processes of the group and of groups below it.
     pub fn processes(&self) -> HashSet<u32> {
         let mut pids = HashSet::new();

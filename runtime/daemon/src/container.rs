@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::ids;
 use crate::monitor::Monitor;
 use crate::pod::{Container, Pod};
+use crate::resources::check_cpus;
 use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
@@ -58,7 +59,23 @@ impl Daemon {
             .as_ref()
             .map_or("", |image| image.image.as_str());
         let image = self.find_image(image_name)?;
-        let mut built = spec::build(&config, &sandbox_config, &image.config)?;
+        let linux = config.linux.clone().unwrap_or_default();
+        check_cpus(&linux.resources.unwrap_or_default())?;
+        let security = spec::security(&config);
+        let target = self.target(&pod, &security)?;
+        let devices = config.devices.clone();
+        let block_devices =
+            tokio::task::spawn_blocking(move || volumes::open_block_devices(&devices))
+                .await
+                .map_err(|_| Error::Cancelled)??;
+        let surroundings = spec::Surroundings {
+            sandbox: &sandbox_config,
+            image: &image.config,
+            seccomp: spec::seccomp::profile(&security).await?,
+            devices: spec::devices::of(&config).await?,
+            target: target.as_deref(),
+        };
+        let mut built = spec::build(&config, surroundings)?;
         let volumes::Volumes {
             host: volumes,
             images: image_volumes,
@@ -73,10 +90,6 @@ impl Daemon {
             volume_images.push(image);
         }
         let volumes = volumes::open(volumes).await?;
-        let devices = config.devices.clone();
-        let devices = tokio::task::spawn_blocking(move || volumes::open_devices(&devices))
-            .await
-            .map_err(|_| Error::Cancelled)??;
         let id = ids::new_id()?;
         let mut mounts = built.spec.mounts().clone().unwrap_or_default();
         mounts.extend(volumes::spec_mounts(&id, &volumes, &image_volumes)?);
@@ -104,9 +117,9 @@ impl Daemon {
                 sub_path: volume.sub_path,
             });
         }
-        let mut block_devices = Vec::with_capacity(devices.len());
-        for device in devices {
-            block_devices.push(monitor::BlockDevice {
+        let mut sent_devices = Vec::with_capacity(block_devices.len());
+        for device in block_devices {
+            sent_devices.push(monitor::BlockDevice {
                 fd_token: monitor.send_fd(device.file).await?,
                 length: device.length,
                 read_only: device.read_only,
@@ -125,7 +138,8 @@ impl Daemon {
             log_fd_token: send_log(&monitor, &record.log_path).await?,
             volumes_fd_token: Vec::new(),
             image_volumes: sent_volumes,
-            block_devices,
+            block_devices: sent_devices,
+            guest_devices: built.guest_devices,
         };
         // A task of its own, as with sandboxes: a caller that goes away leaves nothing half made.
         let daemon = Arc::clone(self);
@@ -168,8 +182,12 @@ impl Daemon {
                         Ok(())
                     });
                 }
-                let container = Container::new(record, pod, name);
+                let container = Container::new(record, Arc::clone(&pod), name);
                 daemon.pods.insert_container(Arc::new(container));
+                if let Err(error) = daemon.place(&pod).await {
+                    // Better on CPUs of others than not at all.
+                    warn!(sandbox = pod.id, %error, "the VM stays on the CPUs it has");
+                }
                 result
             }
             .in_current_span(),
@@ -177,6 +195,29 @@ impl Daemon {
         let result = task.await.map_err(|_| Error::Cancelled)?;
         drop(caller);
         result.map(|()| id)
+    }
+
+    /// Id of the container whose processes a new one is to see (pid mode TARGET).
+    fn target(
+        &self,
+        pod: &Pod,
+        security: &cri::LinuxContainerSecurityContext,
+    ) -> Result<Option<String>> {
+        let options = security.namespace_options.clone().unwrap_or_default();
+        if options.pid() != cri::NamespaceMode::Target {
+            return Ok(None);
+        }
+        let target = self.pods.find_container(&options.target_id)?;
+        let state = target.state().state();
+        if target.pod.id != pod.id || state != monitor::ContainerState::Running {
+            return Err(Error::Precondition(format!(
+                "config.linux.security_context.namespace_options.target_id: container {} is {} in sandbox {}, not RUNNING in this one",
+                target.record.id,
+                state.as_str_name(),
+                target.pod.id
+            )));
+        }
+        Ok(Some(target.record.id.clone()))
     }
 
     /// The image a container names, by reference or id.
@@ -253,7 +294,7 @@ impl Daemon {
         };
         let mut client = monitor.client();
         let stop = client.stop_container(request);
-        let answer = within(grace + MARGIN, "StopContainer", stop).await?;
+        let answer = within(grace + CALL, "StopContainer", stop).await?;
         container.pod.apply(answer.snapshot);
         Ok(())
     }

@@ -13,17 +13,20 @@ pub fn sandbox(
     id: &str,
     config: &cri::PodSandboxConfig,
     network: &PodNetwork,
+    huge_pages: u64,
 ) -> agent::ConfigureSandboxRequest {
     let hostname = hostname(id, config);
+    let linux = config.linux.as_ref();
+    let mut sysctls = linux.map(|linux| linux.sysctls.clone()).unwrap_or_default();
+    if huge_pages > 0 {
+        // Early, while there is memory in one piece.
+        sysctls.insert("vm.nr_hugepages".into(), huge_pages.to_string());
+    }
     agent::ConfigureSandboxRequest {
         resolv_conf: resolv_conf(config),
         hosts: hosts(&hostname, network),
         hostname,
-        sysctls: config
-            .linux
-            .as_ref()
-            .map(|linux| linux.sysctls.clone().into_iter().collect())
-            .unwrap_or_default(),
+        sysctls,
         ..Default::default()
     }
 }

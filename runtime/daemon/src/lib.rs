@@ -25,6 +25,7 @@
 //! | [`inventory`]    | what a sandbox has on the host, found by name                         |
 //! | [`mountinfo`]    | the host's mount table                                               |
 //! | [`pidfd`]        | processes, held without the danger of reused pids                     |
+//! | [`resources`]    | new limits for containers, and the CPUs that a pod runs on            |
 //! | [`config`]       | the configuration file                                                |
 //! | [`error`]        | what can go wrong, and its gRPC code                                  |
 //! | [`backend`]      | what VMs run on: our VMM or QEMU, KVM or software                     |
@@ -44,6 +45,7 @@ pub mod mountinfo;
 pub mod pidfd;
 pub mod pod;
 pub mod reconcile;
+pub mod resources;
 pub mod sandbox;
 pub mod server;
 pub mod services;

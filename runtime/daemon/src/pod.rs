@@ -43,6 +43,9 @@ pub struct Container {
     pub record: ContainerRecord,
     /// Where it runs.
     pub pod: Arc<Pod>,
+    /// Serialises changes of its limits.
+    pub updating: tokio::sync::Mutex<()>,
+    limits: Mutex<cri::LinuxContainerResources>,
     _name: Reservation,
 }
 
@@ -210,11 +213,38 @@ fn bury(snapshot: &mut monitor::Snapshot, reason: &str, now_ns: u64) {
 impl Container {
     /// A container of `pod`.
     pub fn new(record: ContainerRecord, pod: Arc<Pod>, name: Reservation) -> Self {
+        let linux = record.config.as_ref().and_then(|c| c.linux.as_ref());
+        let limits = linux
+            .and_then(|linux| linux.resources.clone())
+            .unwrap_or_default();
         Self {
             record,
             pod,
+            updating: tokio::sync::Mutex::default(),
+            limits: limits.into(),
             _name: name,
         }
+    }
+
+    /// Its limits.
+    pub fn limits(&self) -> cri::LinuxContainerResources {
+        self.limits
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// From now on these are its limits.
+    pub fn set_limits(&self, limits: cri::LinuxContainerResources) {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+    }
+
+    /// What was asked, with the limits of now.
+    pub fn record(&self) -> ContainerRecord {
+        let mut record = self.record.clone();
+        let config = record.config.get_or_insert_default();
+        config.linux.get_or_insert_default().resources = Some(self.limits());
+        record
     }
 
     /// Its newest state.

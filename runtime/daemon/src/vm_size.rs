@@ -3,6 +3,7 @@
 use podvisor_proto::cri;
 
 use crate::config;
+use crate::error::{Error, Result};
 
 /// vCPUs and memory of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,13 +12,44 @@ pub struct VmSize {
     pub vcpus: u32,
     /// Bytes, a multiple of 2 MiB, so that huge pages can back it.
     pub memory_bytes: u64,
+    /// Pages of 2 MiB of that memory that are set aside for who asks for such pages.
+    pub huge_pages: u64,
 }
 
 const MIB: u64 = 1 << 20;
 
+/// Size of the only huge pages that the guest has, as kubelets name it and in bytes.
+const HUGE_PAGE: (&str, u64) = ("2MB", 2 * MIB);
+
+/// Huge pages that a pod asks for.
+fn huge_pages(config: &cri::PodSandboxConfig) -> Result<u64> {
+    let resources = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.resources.as_ref());
+    let mut pages = 0;
+    for limit in resources.map_or(&[][..], |r| &r.hugepage_limits) {
+        if limit.page_size == HUGE_PAGE.0 {
+            pages = limit.limit.div_ceil(HUGE_PAGE.1);
+        } else if limit.limit > 0 {
+            return Err(Error::Invalid {
+                field: "config.linux.resources.hugepage_limits",
+                problem: format!(
+                    "a VM has huge pages of {}, not of {}",
+                    HUGE_PAGE.0, limit.page_size
+                ),
+            });
+        }
+    }
+    Ok(pages)
+}
+
 /// The size for a pod: what it names as resources and overhead (the sum of its containers' and the
-/// RuntimeClass's), else the configured default.
-pub fn of(config: &cri::PodSandboxConfig, defaults: &config::Vm) -> VmSize {
+/// RuntimeClass's), else the configured default. Huge pages come on top, as they are not part of the limit.
+///
+/// # Errors
+/// INVALID_ARGUMENT: huge pages of a size that VMs do not have.
+pub fn of(config: &cri::PodSandboxConfig, defaults: &config::Vm) -> Result<VmSize> {
     let linux = config.linux.as_ref();
     let resources = linux.and_then(|linux| linux.resources.as_ref());
     let overhead = linux.and_then(|linux| linux.overhead.as_ref());
@@ -27,16 +59,20 @@ pub fn of(config: &cri::PodSandboxConfig, defaults: &config::Vm) -> VmSize {
     } else {
         limit + overhead.map_or(0, |r| r.memory_limit_in_bytes.max(0) as u64)
     };
-    let memory = memory.max(defaults.min_memory_mib * MIB);
+    let huge_pages = huge_pages(config)?;
+    let memory = memory
+        .max(defaults.min_memory_mib * MIB)
+        .saturating_add(huge_pages.saturating_mul(HUGE_PAGE.1));
     let vcpus = match resources.map_or(0.0, cpus) {
         limit if limit > 0.0 => (limit + overhead.map_or(0.0, cpus)).ceil() as u32,
         _ => defaults.vcpus,
     };
     let host = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    VmSize {
+    Ok(VmSize {
         vcpus: vcpus.clamp(1, host),
-        memory_bytes: memory.next_multiple_of(2 * MIB),
-    }
+        memory_bytes: memory.checked_next_multiple_of(2 * MIB).unwrap_or(memory),
+        huge_pages,
+    })
 }
 
 /// CPUs that a CFS quota allows; 0: no limit.
@@ -77,16 +113,16 @@ mod tests {
     #[test]
     fn a_pod_without_limits_gets_the_default() {
         let defaults = config::Vm::default();
-        let size = of(&cri::PodSandboxConfig::default(), &defaults);
+        let size = of(&cri::PodSandboxConfig::default(), &defaults).unwrap();
         assert_eq!(size.memory_bytes, defaults.memory_mib * MIB);
         assert_eq!(size.vcpus, 1);
         // Overhead alone is no limit.
-        assert_eq!(of(&pod(0, 0, 64 << 20), &defaults), size);
+        assert_eq!(of(&pod(0, 0, 64 << 20), &defaults).unwrap(), size);
     }
 
     #[test]
     fn limits_and_overhead_add_up() {
-        let size = of(&pod(1 << 30, 50_000, 160 << 20), &config::Vm::default());
+        let size = of(&pod(1 << 30, 50_000, 160 << 20), &config::Vm::default()).unwrap();
         assert_eq!(size.memory_bytes, (1024 + 160) * MIB);
         assert_eq!(size.vcpus, 1);
     }
@@ -94,7 +130,24 @@ mod tests {
     #[test]
     fn no_vm_is_too_small_to_boot() {
         let defaults = config::Vm::default();
-        let size = of(&pod(4096, 1, 0), &defaults);
+        let size = of(&pod(4096, 1, 0), &defaults).unwrap();
         assert_eq!(size.memory_bytes, defaults.min_memory_mib * MIB);
+    }
+
+    #[test]
+    fn huge_pages_come_on_top() {
+        let mut config = pod(1 << 30, 0, 0);
+        let page = |page_size: &str, limit| cri::HugepageLimit {
+            page_size: page_size.into(),
+            limit,
+        };
+        let resources = config.linux.as_mut().unwrap().resources.as_mut().unwrap();
+        resources.hugepage_limits = vec![page("2MB", 64 << 20), page("1GB", 0)];
+        assert_eq!(huge_pages(&config).unwrap(), 32);
+        let size = of(&config, &config::Vm::default()).unwrap();
+        assert_eq!(size.memory_bytes, (1024 + 64) * MIB);
+        let resources = config.linux.as_mut().unwrap().resources.as_mut().unwrap();
+        resources.hugepage_limits = vec![page("1GB", 1 << 30)];
+        assert!(huge_pages(&config).is_err());
     }
 }

@@ -16,7 +16,7 @@ use podvisor_proto::agent::{
     ConfigureNetworkRequest, ConfigureSandboxRequest, CreateContainerRequest,
     CreateContainerResponse, Event, EventsRequest, ExecRequest, HelloRequest, HelloResponse,
     RemoveContainerRequest, RemoveContainerResponse, ShutdownRequest, SignalRequest,
-    StartContainerRequest, StartContainerResponse,
+    StartContainerRequest, StartContainerResponse, UpdateContainerRequest,
 };
 use thiserror::Error;
 use tokio::net::UnixStream;
@@ -61,6 +61,7 @@ mod deadline {
     pub const CREATE: Duration = Duration::from_mins(1);
     pub const START: Duration = Duration::from_secs(30);
     pub const EXEC: Duration = Duration::from_secs(20);
+    pub const UPDATE: Duration = Duration::from_secs(20);
     pub const REMOVE: Duration = Duration::from_secs(30);
     pub const SIGNAL: Duration = Duration::from_secs(5);
     pub const SHUTDOWN: Duration = Duration::from_secs(3);
@@ -176,6 +177,16 @@ impl Agent {
         let mut client = self.client();
         let answer = client.start_container(request);
         call("StartContainer", deadline::START, answer).await
+    }
+
+    pub async fn update_container(
+        &self,
+        request: UpdateContainerRequest,
+    ) -> Result<(), AgentError> {
+        let mut client = self.client();
+        let answer = client.update_container(request);
+        call("UpdateContainer", deadline::UPDATE, answer).await?;
+        Ok(())
     }
 
     pub async fn remove_container(&self, id: &str) -> Result<RemoveContainerResponse, AgentError> {

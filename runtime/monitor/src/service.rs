@@ -11,7 +11,8 @@ use podvisor_proto::monitor::{
     CreateContainerResponse, ExecSyncRequest, ExecSyncResponse, RemoveContainerRequest,
     RemoveContainerResponse, ReopenLogRequest, ReopenLogResponse, ShutdownRequest,
     ShutdownResponse, Snapshot, StartContainerRequest, StartContainerResponse,
-    StopContainerRequest, StopContainerResponse, VmStatsRequest, VmStatsResponse, WatchRequest,
+    StopContainerRequest, StopContainerResponse, UpdateContainerRequest, UpdateContainerResponse,
+    VmStatsRequest, VmStatsResponse, WatchRequest,
 };
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
@@ -104,12 +105,20 @@ impl Monitor for Service {
             signal,
             grace_ms,
         } = request.into_inner();
-        // Ends with its caller: SIGKILL is not for who no longer asks for it.
-        self.pod
-            .stop(&id, signal, Duration::from_millis(grace_ms))
-            .await?;
-        let snapshot = Some(self.pod.state().snapshot());
+        let pod = Arc::clone(&self.pod);
+        // Who has asked for the end has asked for all of it.
+        let work = async move { pod.stop(&id, signal, Duration::from_millis(grace_ms)).await };
+        let snapshot = self.to_the_end(work).await?;
         Ok(Response::new(StopContainerResponse { snapshot }))
+    }
+
+    async fn update_container(
+        &self,
+        request: Request<UpdateContainerRequest>,
+    ) -> Result<Response<UpdateContainerResponse>, Status> {
+        let pod = Arc::clone(&self.pod);
+        detached(async move { pod.update(request.into_inner()).await }).await??;
+        Ok(Response::new(UpdateContainerResponse {}))
     }
 
     async fn remove_container(

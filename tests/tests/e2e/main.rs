@@ -8,5 +8,8 @@ mod containers;
 mod images;
 mod network;
 mod pods;
+mod resources;
 mod restart;
+mod security;
+mod stop;
 mod volumes;

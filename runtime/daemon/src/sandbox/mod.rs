@@ -115,7 +115,7 @@ impl Daemon {
         let id = record.id.clone();
         let config = record.config.clone().unwrap_or_default();
         let mut timeline = Timeline::new(record.created_ns as u64);
-        let size = vm_size::of(&config, &self.config.vm);
+        let size = vm_size::of(&config, &self.config.vm)?;
 
         let prepared = timeline
             .phase("host resources", self.prepare(&id, &config))
@@ -173,7 +173,12 @@ impl Daemon {
         record.ips = network.ips.iter().map(ToString::to_string).collect();
 
         let request = monitor::ConfigureRequest {
-            sandbox: Some(guest_config::sandbox(&id, &config, &network)),
+            sandbox: Some(guest_config::sandbox(
+                &id,
+                &config,
+                &network,
+                size.huge_pages,
+            )),
             network: Some(guest_config::network(&network)),
         };
         let mut client = monitor.client();

@@ -73,11 +73,13 @@ pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result
     if config.hostname.len() > 64 {
         return invalid("config.hostname", "longer than 64 bytes");
     }
-    let options = config
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.security_context.as_ref())
-        .and_then(|context| context.namespace_options.clone())
+    let linux = config.linux.clone().unwrap_or_default();
+    for (name, value) in &linux.sysctls {
+        sysctl(name, value)?;
+    }
+    let options = linux
+        .security_context
+        .and_then(|context| context.namespace_options)
         .unwrap_or_default();
     for (field, mode, what) in [
         ("network", options.network(), "the host's network"),
@@ -90,14 +92,86 @@ pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result
             )));
         }
     }
-    let users = options.userns_options.unwrap_or_default();
-    if !users.uids.is_empty() || !users.gids.is_empty() {
-        return Err(Error::Unsupported {
-            field: "config.linux.security_context.namespace_options.userns_options",
-            what: "a user namespace".into(),
-        });
+    user_namespace(&options.userns_options.unwrap_or_default())
+}
+
+/// Sysctls of the namespaces that a pod has of its own, as runc knows them: ipc, network, and of uts the
+/// domain name.
+const IPC: [&str; 8] = [
+    "kernel.msgmax",
+    "kernel.msgmnb",
+    "kernel.msgmni",
+    "kernel.sem",
+    "kernel.shmall",
+    "kernel.shmmax",
+    "kernel.shmmni",
+    "kernel.shm_rmid_forced",
+];
+const PREFIXES: [&str; 2] = ["fs.mqueue.", "net."];
+
+/// Refuses sysctls that are no pod's. In a VM they could be set, but the pod would run on no other node.
+fn sysctl(name: &str, value: &str) -> Result<()> {
+    let invalid = |problem: String| {
+        Err(Error::Invalid {
+            field: "config.linux.sysctls",
+            problem,
+        })
+    };
+    // "net/ipv4/ip_forward" is the same name, and so is "net.ipv4.conf.eth0/1.forwarding" another one.
+    let dotted = match name.find(['.', '/']) {
+        Some(at) if name.as_bytes()[at] == b'/' => name.replace('/', "."),
+        _ => name.to_owned(),
+    };
+    let is_pods = IPC.contains(&dotted.as_str())
+        || dotted == "kernel.domainname"
+        || PREFIXES.iter().any(|prefix| dotted.starts_with(prefix));
+    if !is_pods {
+        return invalid(format!("{name:?} is not in a namespace of the pod's own"));
+    }
+    if value.contains(['\0', '\n']) {
+        return invalid(format!("{name}: {value:?} is no value"));
     }
     Ok(())
+}
+
+/// Refuses what the CRI does not have, then what is not there yet.
+fn user_namespace(users: &cri::UserNamespace) -> Result<()> {
+    let invalid = |problem: String| {
+        Err(Error::Invalid {
+            field: "config.linux.security_context.namespace_options.userns_options",
+            problem,
+        })
+    };
+    let mapped = !users.uids.is_empty() || !users.gids.is_empty();
+    match users.mode() {
+        cri::NamespaceMode::Pod if !mapped => return Ok(()),
+        cri::NamespaceMode::Pod => {}
+        cri::NamespaceMode::Node if mapped => return invalid("mode NODE has no mappings".into()),
+        cri::NamespaceMode::Node => return Ok(()),
+        mode => {
+            return invalid(format!(
+                "the mode is POD or NODE, not {}",
+                mode.as_str_name()
+            ));
+        }
+    }
+    for (field, mappings) in [("uids", &users.uids), ("gids", &users.gids)] {
+        match mappings.as_slice() {
+            [one] if one.container_id != 0 => {
+                return invalid(format!("{field}: id 0 is not mapped"));
+            }
+            [one] if one.length == 0 => return invalid(format!("{field}: nothing is mapped")),
+            [_] => {}
+            more => return invalid(format!("{field}: {} mappings, not one", more.len())),
+        }
+    }
+    if users.uids != users.gids {
+        return invalid("uids and gids are mapped differently".into());
+    }
+    Err(Error::Unsupported {
+        field: "config.linux.security_context.namespace_options.userns_options",
+        what: "a user namespace".into(),
+    })
 }
 
 #[cfg(test)]
@@ -145,6 +219,72 @@ mod tests {
         });
         let error = validate(&config, "").unwrap_err();
         assert!(matches!(error, Error::Precondition(_)), "{error}");
+    }
+
+    #[test]
+    fn only_sysctls_of_the_pods_namespaces_are_taken() {
+        let with = |name: &str, value: &str| {
+            let mut config = valid();
+            config.linux = Some(cri::LinuxPodSandboxConfig {
+                sysctls: [(name.to_owned(), value.to_owned())].into(),
+                ..Default::default()
+            });
+            validate(&config, "")
+        };
+        for name in [
+            "kernel.shm_rmid_forced",
+            "fs.mqueue.msg_max",
+            "net.ipv4.ip_forward",
+            "net/ipv4/ip_forward",
+            "kernel.domainname",
+        ] {
+            with(name, "1").unwrap();
+        }
+        for (name, value) in [
+            ("kernel.panic", "1"),
+            ("vm.swappiness", "1"),
+            ("kernel.hostname", "x"),
+            ("", "x"),
+            ("kernel/panic", "1"),
+            ("net.ipv4.ip_forward", "1\n"),
+        ] {
+            let error = with(name, value).unwrap_err();
+            assert!(
+                error.to_string().starts_with("config.linux.sysctls"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn mappings_of_users_are_checked() {
+        let map = |container_id, length| cri::IdMapping {
+            host_id: 100_000,
+            container_id,
+            length,
+        };
+        let with = |mode: cri::NamespaceMode, ids: Vec<cri::IdMapping>| {
+            user_namespace(&cri::UserNamespace {
+                mode: mode as i32,
+                uids: ids.clone(),
+                gids: ids,
+            })
+        };
+        use cri::NamespaceMode::{Container, Node, Pod, Target};
+        with(Pod, vec![]).unwrap();
+        with(Node, vec![]).unwrap();
+        let good = with(Pod, vec![map(0, 65536)]).unwrap_err();
+        assert!(matches!(good, Error::Unsupported { .. }), "{good}");
+        for bad in [
+            with(Pod, vec![map(0, 1000), map(1000, 1000)]),
+            with(Pod, vec![map(1, 65536)]),
+            with(Pod, vec![map(0, 0)]),
+            with(Node, vec![map(0, 65536)]),
+            with(Container, vec![map(0, 65536)]),
+            with(Target, vec![]),
+        ] {
+            assert!(matches!(bad, Err(Error::Invalid { .. })), "{bad:?}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::{answer, status};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::Result;
 use crate::pod::{Container, Pod};
+use crate::spec::signal;
 
 /// Serves CRI's runtime half.
 #[derive(Debug)]
@@ -227,6 +228,19 @@ impl RuntimeService for Runtime {
         answer(Level::DEBUG, result)
     }
 
+    #[instrument(skip_all, name = "UpdateContainerResources", fields(container = request.get_ref().container_id))]
+    async fn update_container_resources(
+        &self,
+        request: Request<cri::UpdateContainerResourcesRequest>,
+    ) -> Result<Response<cri::UpdateContainerResourcesResponse>, Status> {
+        let request = request.into_inner();
+        let result = self.daemon.update_container_resources(request).await;
+        answer(
+            Level::INFO,
+            result.map(|()| cri::UpdateContainerResourcesResponse {}),
+        )
+    }
+
     #[instrument(skip_all, name = "ReopenContainerLog", fields(container = request.get_ref().container_id))]
     async fn reopen_container_log(
         &self,
@@ -349,8 +363,6 @@ fn container_status(container: &Container) -> cri::ContainerStatus {
     let record = &container.record;
     let config = record.config.clone().unwrap_or_default();
     let state = container.state();
-    let stop_signal = config.stop_signal;
-    let linux = config.linux.unwrap_or_default();
     cri::ContainerStatus {
         id: record.id.clone(),
         metadata: config.metadata,
@@ -368,7 +380,7 @@ fn container_status(container: &Container) -> cri::ContainerStatus {
         mounts: config.mounts,
         log_path: record.log_path.clone(),
         resources: Some(cri::ContainerResources {
-            linux: linux.resources,
+            linux: Some(container.limits()),
         }),
         image_id: record.image_id.clone(),
         user: state.user.map(|user| cri::ContainerUser {
@@ -382,7 +394,7 @@ fn container_status(container: &Container) -> cri::ContainerStatus {
                     .collect(),
             }),
         }),
-        stop_signal,
+        stop_signal: signal::named(record.stop_signal) as i32,
     }
 }
 

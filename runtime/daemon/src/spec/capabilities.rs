@@ -70,33 +70,64 @@ const ALL_CAPABILITIES: [Capability; 41] = [
     Capability::WakeAlarm,
 ];
 
-/// The container's set.
+/// A container's sets.
+#[derive(Debug, Default)]
+pub struct Capabilities {
+    /// Bounding, effective and permitted.
+    pub granted: HashSet<Capability>,
+    /// What a process that is not root's keeps when it executes a program. All of it is granted.
+    pub ambient: HashSet<Capability>,
+}
+
+/// The container's sets.
 ///
 /// # Errors
 /// A name that Linux does not have.
-pub fn of(security: &cri::LinuxContainerSecurityContext) -> Result<HashSet<Capability>> {
+pub fn of(security: &cri::LinuxContainerSecurityContext) -> Result<Capabilities> {
     if security.privileged {
-        return Ok(ALL_CAPABILITIES.into_iter().collect());
+        return Ok(Capabilities {
+            granted: ALL_CAPABILITIES.into_iter().collect(),
+            ambient: HashSet::new(),
+        });
     }
-    let mut set: HashSet<Capability> = DEFAULT_CAPABILITIES.into_iter().collect();
+    let mut granted: HashSet<Capability> = DEFAULT_CAPABILITIES.into_iter().collect();
     let Some(change) = &security.capabilities else {
-        return Ok(set);
+        return Ok(Capabilities {
+            granted,
+            ambient: HashSet::new(),
+        });
     };
-    let is_all = |name: &String| name.eq_ignore_ascii_case("ALL");
     // "ALL" first, so that single ones can be taken out of or put into it (containerd does so).
-    if change.add_capabilities.iter().any(is_all) {
-        set.extend(ALL_CAPABILITIES);
+    let (all, added) = named(&change.add_capabilities)?;
+    if all {
+        granted.extend(ALL_CAPABILITIES);
     }
-    if change.drop_capabilities.iter().any(is_all) {
-        set.clear();
+    let (all, dropped) = named(&change.drop_capabilities)?;
+    if all {
+        granted.clear();
     }
-    for name in change.add_capabilities.iter().filter(|name| !is_all(name)) {
-        set.insert(capability(name)?);
+    granted.extend(added);
+    for one in dropped {
+        granted.remove(&one);
     }
-    for name in change.drop_capabilities.iter().filter(|name| !is_all(name)) {
-        set.remove(&capability(name)?);
+    let (all, mut ambient) = named(&change.add_ambient_capabilities)?;
+    if all {
+        ambient = ALL_CAPABILITIES.to_vec();
     }
-    Ok(set)
+    granted.extend(&ambient);
+    Ok(Capabilities {
+        granted,
+        ambient: ambient.into_iter().collect(),
+    })
+}
+
+/// Whether "ALL" is among the names, and what the others name.
+fn named(names: &[String]) -> Result<(bool, Vec<Capability>)> {
+    let (all, names): (Vec<_>, Vec<_>) = names
+        .iter()
+        .partition(|name| name.eq_ignore_ascii_case("ALL"));
+    let named = names.into_iter().map(|name| capability(name));
+    Ok((!all.is_empty(), named.collect::<Result<_>>()?))
 }
 
 fn capability(name: &str) -> Result<Capability> {
@@ -125,6 +156,7 @@ mod tests {
                 }),
                 ..Default::default()
             })
+            .map(|sets| sets.granted)
         };
         assert_eq!(set(&[], &[]).unwrap().len(), 14);
         assert_eq!(set(&["ALL"], &[]).unwrap().len(), 41);
@@ -134,5 +166,20 @@ mod tests {
         assert_eq!(set(&["CAP_NET_ADMIN"], &["ALL"]).unwrap(), one);
         assert_eq!(set(&["ALL"], &["SYS_ADMIN"]).unwrap().len(), 40);
         assert!(set(&["NO_SUCH"], &[]).is_err());
+    }
+
+    #[test]
+    fn ambient_ones_are_granted_too() {
+        let sets = of(&cri::LinuxContainerSecurityContext {
+            capabilities: Some(cri::Capability {
+                drop_capabilities: vec!["ALL".into()],
+                add_ambient_capabilities: vec!["NET_BIND_SERVICE".into()],
+                ..Default::default()
+            }),
+            ..Default::default()
+        })
+        .unwrap();
+        assert_eq!(sets.ambient, HashSet::from([Capability::NetBindService]));
+        assert_eq!(sets.granted, sets.ambient);
     }
 }

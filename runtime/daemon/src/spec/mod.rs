@@ -4,57 +4,92 @@
 //! and the paths of the namespaces that the pod's containers share (agent.proto, CreateContainer).
 
 mod capabilities;
+mod confinement;
+pub mod devices;
+mod namespaces;
+pub mod resources;
+pub mod seccomp;
 pub mod signal;
-
-use std::collections::HashSet;
+mod user;
 
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::{
-    LinuxBuilder, LinuxCapabilitiesBuilder, LinuxNamespace, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxResources, Mount, MountBuilder, ProcessBuilder, RootBuilder, Spec,
-    SpecBuilder, UserBuilder,
+    LinuxBuilder, LinuxCapabilitiesBuilder, Mount, MountBuilder, PosixRlimit, PosixRlimitBuilder,
+    PosixRlimitType, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 use podvisor_proto::{agent, cri};
 
 use crate::error::{Error, Result};
 
-/// Namespace path that the agent replaces by the pod's own.
-const POD: &str = "pod";
-
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A container's spec, and who it runs as.
+/// Limits of a container's processes: what they have on a node whose containerd is started by systemd. The
+/// guest kernel's own (1024 files) are those of a machine from another time.
+const RLIMITS: [(PosixRlimitType, u64); 3] = [
+    (PosixRlimitType::RlimitNofile, 1 << 20),
+    (PosixRlimitType::RlimitNproc, u64::MAX),
+    (PosixRlimitType::RlimitCore, u64::MAX),
+];
+
+/// A container's spec, and what goes with it.
 #[derive(Debug)]
 pub struct ContainerSpec {
     /// Without root, user, cgroup and namespace paths.
     pub spec: Spec,
     /// To be resolved in the guest.
     pub user: agent::User,
+    /// Whether its /dev has all that the guest's has.
+    pub guest_devices: bool,
+}
+
+/// What a container is made of besides its own configuration.
+#[derive(Debug)]
+pub struct Surroundings<'a> {
+    /// Its pod's.
+    pub sandbox: &'a cri::PodSandboxConfig,
+    /// Its image's.
+    pub image: &'a ImageConfiguration,
+    /// See [`seccomp::profile`].
+    pub seccomp: Option<seccomp::Profile>,
+    /// See [`devices::of`].
+    pub devices: devices::Devices,
+    /// Id of the container whose processes it sees (pid mode TARGET).
+    pub target: Option<&'a str>,
+}
+
+/// The security context, or what the CRI means by none.
+pub fn security(config: &cri::ContainerConfig) -> cri::LinuxContainerSecurityContext {
+    config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.clone())
+        .unwrap_or_default()
 }
 
 /// Builds the spec.
 ///
 /// # Errors
-/// INVALID_ARGUMENT with the field that contradicts the CRI, UNIMPLEMENTED for what this release
-/// does not do.
+/// INVALID_ARGUMENT with the field that contradicts the CRI, FAILED_PRECONDITION for what a VM cannot give,
+/// UNIMPLEMENTED for what this release does not do.
 pub fn build(
     config: &cri::ContainerConfig,
-    sandbox: &cri::PodSandboxConfig,
-    image: &ImageConfiguration,
+    surroundings: Surroundings<'_>,
 ) -> Result<ContainerSpec> {
     refuse_unsupported(config)?;
-    let security = config
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.security_context.clone())
-        .unwrap_or_default();
-    if security.privileged && !sandbox_is_privileged(sandbox) {
+    let security = security(config);
+    if security.privileged && !sandbox_is_privileged(surroundings.sandbox) {
         return Err(Error::Invalid {
             field: "config.linux.security_context.privileged",
             problem: "the sandbox is not privileged".into(),
         });
     }
-    let image = image.config().clone().unwrap_or_default();
+    confinement::check(&security)?;
+    let image = surroundings.image.config().clone().unwrap_or_default();
+    let resources = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.resources.clone())
+        .unwrap_or_default();
     let capabilities = capabilities::of(&security)?;
     let cwd = [
         config.working_dir.as_str(),
@@ -89,31 +124,33 @@ pub fn build(
         .no_new_privileges(security.no_new_privs && !security.privileged)
         .capabilities(
             LinuxCapabilitiesBuilder::default()
-                .bounding(capabilities.clone())
-                .effective(capabilities.clone())
-                .permitted(capabilities)
-                .inheritable(HashSet::new())
-                .ambient(HashSet::new())
+                .bounding(capabilities.granted.clone())
+                .effective(capabilities.granted.clone())
+                .permitted(capabilities.granted.clone())
+                .inheritable(capabilities.ambient.clone())
+                .ambient(capabilities.ambient)
                 .build()
                 .map_err(build_error)?,
         )
+        .rlimits(rlimits()?)
+        .oom_score_adj(resources.oom_score_adj as i32)
         .build()
         .map_err(build_error)?;
-    let (masked, readonly) = if security.privileged {
-        (Vec::new(), Vec::new())
-    } else {
-        (
-            security.masked_paths.clone(),
-            security.readonly_paths.clone(),
-        )
-    };
-    let linux = LinuxBuilder::default()
-        .namespaces(namespaces(&security)?)
-        .resources(resources(config)?)
-        .masked_paths(masked)
-        .readonly_paths(readonly)
-        .build()
-        .map_err(build_error)?;
+    let mut limits = resources::of(&resources)?;
+    limits.set_devices(Some(surroundings.devices.rules));
+    let mut linux = LinuxBuilder::default()
+        .namespaces(namespaces::of(&security, surroundings.target)?)
+        .resources(limits)
+        .devices(surroundings.devices.nodes)
+        .masked_paths(hidden(&security, "masked_paths", &security.masked_paths)?)
+        .readonly_paths(hidden(
+            &security,
+            "readonly_paths",
+            &security.readonly_paths,
+        )?);
+    if let Some(profile) = surroundings.seccomp {
+        linux = linux.seccomp(profile.resolve(&capabilities.granted)?);
+    }
     let spec = SpecBuilder::default()
         .version("1.0.2")
         .root(
@@ -125,13 +162,44 @@ pub fn build(
         )
         .process(process)
         .mounts(mounts(security.privileged)?)
-        .linux(linux)
+        .linux(linux.build().map_err(build_error)?)
         .build()
         .map_err(build_error)?;
     Ok(ContainerSpec {
         spec,
-        user: user(&security, image.user().as_deref().unwrap_or(""))?,
+        user: user::of(&security, image.user().as_deref().unwrap_or(""))?,
+        guest_devices: security.privileged,
     })
+}
+
+fn rlimits() -> Result<Vec<PosixRlimit>> {
+    let limit = |(kind, number): (PosixRlimitType, u64)| {
+        PosixRlimitBuilder::default()
+            .typ(kind)
+            .soft(number)
+            .hard(number)
+            .build()
+            .map_err(build_error)
+    };
+    RLIMITS.into_iter().map(limit).collect()
+}
+
+/// Masked or read-only paths; a privileged container has none.
+fn hidden(
+    security: &cri::LinuxContainerSecurityContext,
+    field: &str,
+    paths: &[String],
+) -> Result<Vec<String>> {
+    if security.privileged {
+        return Ok(Vec::new());
+    }
+    match paths.iter().find(|path| !path.starts_with('/')) {
+        Some(path) => Err(Error::Invalid {
+            field: "config.linux.security_context",
+            problem: format!("{field}: {path:?} is not absolute"),
+        }),
+        None => Ok(paths.to_vec()),
+    }
 }
 
 fn refuse_unsupported(config: &cri::ContainerConfig) -> Result<()> {
@@ -144,56 +212,7 @@ fn refuse_unsupported(config: &cri::ContainerConfig) -> Result<()> {
     if !config.cdi_devices.is_empty() {
         return unsupported("config.CDI_devices", "a CDI device");
     }
-    let Some(security) = config
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.security_context.as_ref())
-    else {
-        return Ok(());
-    };
-    let seccomp = security
-        .seccomp
-        .as_ref()
-        .map(cri::SecurityProfile::profile_type);
-    if seccomp.is_some_and(|kind| kind != cri::security_profile::ProfileType::Unconfined)
-        && !security.privileged
-    {
-        return unsupported(
-            "config.linux.security_context.seccomp",
-            "a seccomp profile other than Unconfined",
-        );
-    }
-    if security.apparmor.as_ref().is_some_and(|profile| {
-        profile.profile_type() == cri::security_profile::ProfileType::Localhost
-    }) || !security.apparmor_profile_is_default()
-    {
-        return unsupported(
-            "config.linux.security_context.apparmor",
-            "an AppArmor profile in a VM",
-        );
-    }
-    if security.selinux_options.is_some() {
-        return unsupported(
-            "config.linux.security_context.selinux_options",
-            "an SELinux label in a VM",
-        );
-    }
     Ok(())
-}
-
-/// The deprecated AppArmor field, read apart so that the deprecation warns nobody else.
-trait DeprecatedAppArmor {
-    fn apparmor_profile_is_default(&self) -> bool;
-}
-
-impl DeprecatedAppArmor for cri::LinuxContainerSecurityContext {
-    #[allow(deprecated)]
-    fn apparmor_profile_is_default(&self) -> bool {
-        matches!(
-            self.apparmor_profile.as_str(),
-            "" | "runtime/default" | "unconfined"
-        )
-    }
 }
 
 fn sandbox_is_privileged(sandbox: &cri::PodSandboxConfig) -> bool {
@@ -260,120 +279,6 @@ fn env(config: &cri::ContainerConfig, image: &[String]) -> Result<Vec<String>> {
         set(format!("{}={value}", variable.key));
     }
     Ok(env)
-}
-
-fn user(security: &cri::LinuxContainerSecurityContext, image: &str) -> Result<agent::User> {
-    let invalid = |field, problem: &str| {
-        Err(Error::Invalid {
-            field,
-            problem: problem.into(),
-        })
-    };
-    if security.run_as_user.is_some() && !security.run_as_username.is_empty() {
-        return invalid(
-            "config.linux.security_context.run_as_username",
-            "set together with run_as_user",
-        );
-    }
-    if security.run_as_group.is_some()
-        && security.run_as_user.is_none()
-        && security.run_as_username.is_empty()
-    {
-        return invalid(
-            "config.linux.security_context.run_as_group",
-            "set without a user",
-        );
-    }
-    let number = |field, value: i64| {
-        u32::try_from(value).map_err(|_| Error::Invalid {
-            field,
-            problem: format!("{value} is not an id"),
-        })
-    };
-    let name = match (&security.run_as_user, security.run_as_username.as_str()) {
-        (Some(uid), _) => {
-            number("config.linux.security_context.run_as_user", uid.value)?.to_string()
-        }
-        (None, "") => image.to_owned(),
-        (None, username) => username.to_owned(),
-    };
-    Ok(agent::User {
-        name,
-        gid: security
-            .run_as_group
-            .as_ref()
-            .map(|gid| number("config.linux.security_context.run_as_group", gid.value))
-            .transpose()?,
-        supplemental_groups: security
-            .supplemental_groups
-            .iter()
-            .map(|gid| number("config.linux.security_context.supplemental_groups", *gid))
-            .collect::<Result<_>>()?,
-        merge_image_groups: security.supplemental_groups_policy()
-            == cri::SupplementalGroupsPolicy::Merge,
-    })
-}
-
-fn namespaces(security: &cri::LinuxContainerSecurityContext) -> Result<Vec<LinuxNamespace>> {
-    let options = security.namespace_options.clone().unwrap_or_default();
-    let namespace = |kind: LinuxNamespaceType, shared: bool| {
-        let builder = LinuxNamespaceBuilder::default().typ(kind);
-        if shared { builder.path(POD) } else { builder }
-            .build()
-            .map_err(build_error)
-    };
-    let shared_pids = match options.pid() {
-        cri::NamespaceMode::Pod => true,
-        cri::NamespaceMode::Container => false,
-        cri::NamespaceMode::Node | cri::NamespaceMode::Target => {
-            return Err(Error::Unsupported {
-                field: "config.linux.security_context.namespace_options.pid",
-                what: format!("pid namespace mode {}", options.pid().as_str_name()),
-            });
-        }
-    };
-    Ok(vec![
-        namespace(LinuxNamespaceType::Mount, false)?,
-        namespace(LinuxNamespaceType::Pid, shared_pids)?,
-        namespace(LinuxNamespaceType::Ipc, true)?,
-        namespace(LinuxNamespaceType::Uts, true)?,
-        namespace(LinuxNamespaceType::Cgroup, false)?,
-    ])
-}
-
-fn resources(config: &cri::ContainerConfig) -> Result<LinuxResources> {
-    use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResourcesBuilder};
-    let asked = config
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.resources.clone())
-        .unwrap_or_default();
-    let mut cpu = LinuxCpuBuilder::default();
-    if asked.cpu_shares > 0 {
-        cpu = cpu.shares(asked.cpu_shares as u64);
-    }
-    if asked.cpu_quota > 0 {
-        cpu = cpu.quota(asked.cpu_quota);
-    }
-    if asked.cpu_period > 0 {
-        cpu = cpu.period(asked.cpu_period as u64);
-    }
-    let mut memory = LinuxMemoryBuilder::default();
-    if asked.memory_limit_in_bytes > 0 {
-        memory = memory.limit(asked.memory_limit_in_bytes);
-    }
-    let mut resources = LinuxResourcesBuilder::default()
-        .cpu(cpu.build().map_err(build_error)?)
-        .memory(memory.build().map_err(build_error)?);
-    if !asked.unified.is_empty() {
-        resources = resources.unified(
-            asked
-                .unified
-                .into_iter()
-                .collect::<std::collections::HashMap<_, _>>(),
-        );
-    }
-    resources.build().map_err(build_error)
 }
 
 fn mounts(privileged: bool) -> Result<Vec<Mount>> {
@@ -475,11 +380,7 @@ mod tests {
             .unwrap()
     }
 
-    fn sandbox() -> cri::PodSandboxConfig {
-        cri::PodSandboxConfig::default()
-    }
-
-    fn security(context: cri::LinuxContainerSecurityContext) -> cri::ContainerConfig {
+    fn with(context: cri::LinuxContainerSecurityContext) -> cri::ContainerConfig {
         cri::ContainerConfig {
             linux: Some(cri::LinuxContainerConfig {
                 security_context: Some(context),
@@ -489,8 +390,19 @@ mod tests {
         }
     }
 
+    fn try_build(config: &cri::ContainerConfig) -> Result<ContainerSpec> {
+        let surroundings = Surroundings {
+            sandbox: &cri::PodSandboxConfig::default(),
+            image: &image(),
+            seccomp: None,
+            devices: devices::Devices::default(),
+            target: None,
+        };
+        build(config, surroundings)
+    }
+
     fn process(config: &cri::ContainerConfig) -> oci_spec::runtime::Process {
-        let built = build(config, &sandbox(), &image()).unwrap();
+        let built = try_build(config).unwrap();
         built.spec.process().clone().unwrap()
     }
 
@@ -528,7 +440,7 @@ mod tests {
 
     #[test]
     fn users_come_from_the_pod_then_the_image() {
-        let user = |context| build(&security(context), &sandbox(), &image()).map(|b| b.user);
+        let user = |context| try_build(&with(context)).map(|b| b.user);
         let context = cri::LinuxContainerSecurityContext::default();
         assert_eq!(user(context.clone()).unwrap().name, "1002:33");
         let mut named = context.clone();
@@ -549,27 +461,7 @@ mod tests {
             privileged: true,
             ..Default::default()
         };
-        let error = build(&security(context), &sandbox(), &image()).unwrap_err();
+        let error = try_build(&with(context)).unwrap_err();
         assert!(error.to_string().contains("privileged"), "{error}");
-    }
-
-    #[test]
-    fn namespaces_are_shared_as_the_pod_says() {
-        let pid = |mode: cri::NamespaceMode| {
-            let context = cri::LinuxContainerSecurityContext {
-                namespace_options: Some(cri::NamespaceOption {
-                    pid: mode as i32,
-                    ..Default::default()
-                }),
-                ..Default::default()
-            };
-            namespaces(&context).map(|list| {
-                let pid = list.iter().find(|n| n.typ() == LinuxNamespaceType::Pid);
-                pid.unwrap().path().is_some()
-            })
-        };
-        assert!(pid(cri::NamespaceMode::Pod).unwrap());
-        assert!(!pid(cri::NamespaceMode::Container).unwrap());
-        assert!(pid(cri::NamespaceMode::Target).is_err());
     }
 }

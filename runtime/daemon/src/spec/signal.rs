@@ -17,6 +17,17 @@ pub fn stop(config: &cri::ContainerConfig, image: &ImageConfiguration) -> u32 {
     signal_number(&name).unwrap_or(SIGTERM)
 }
 
+/// The CRI's name of a signal number.
+pub fn named(number: u32) -> cri::Signal {
+    let mut names =
+        (1..=cri::Signal::Sigrtmax as i32).filter_map(|value| cri::Signal::try_from(value).ok());
+    names
+        .find(|name| {
+            signal_number(name.as_str_name().trim_start_matches("SIGNAL_")) == Some(number)
+        })
+        .unwrap_or_default()
+}
+
 /// "SIGUSR1", "USR1", "10" or "SIGRTMIN+3".
 fn signal_number(name: &str) -> Option<u32> {
     if let Ok(number) = name.parse() {
@@ -76,7 +87,16 @@ mod tests {
         for value in 1..=65 {
             let signal = cri::Signal::try_from(value).unwrap();
             let name = signal.as_str_name().trim_start_matches("SIGNAL_");
-            assert!(signal_number(name).is_some(), "{name}");
+            let number = signal_number(name);
+            assert!(number.is_some(), "{name}");
+            assert_eq!(
+                signal_number(
+                    named(number.unwrap())
+                        .as_str_name()
+                        .trim_start_matches("SIGNAL_")
+                ),
+                number
+            );
         }
     }
 }

@@ -31,18 +31,19 @@ pub struct BlockDevice {
     pub container_path: String,
 }
 
-/// Opens the devices that CreateContainer asks for. Blocking.
+/// Opens the block devices among those that CreateContainer asks for. Blocking.
 ///
 /// # Errors
-/// What contradicts the CRI, is not there, or is no block device, with the field's path.
-pub fn open_devices(devices: &[cri::Device]) -> Result<Vec<BlockDevice>> {
+/// What contradicts the CRI or is not there, with the field's path.
+pub fn open_block_devices(devices: &[cri::Device]) -> Result<Vec<BlockDevice>> {
     let devices = devices.iter().enumerate();
     devices
-        .map(|(index, device)| open_one(index, device))
+        .filter_map(|(index, device)| open_one(index, device).transpose())
         .collect()
 }
 
-fn open_one(index: usize, device: &cri::Device) -> Result<BlockDevice> {
+/// `None`: not a block device.
+fn open_one(index: usize, device: &cri::Device) -> Result<Option<BlockDevice>> {
     let refuse = |code, field, problem: String| Error::Element {
         list: "devices",
         index,
@@ -67,12 +68,7 @@ fn open_one(index: usize, device: &cri::Device) -> Result<BlockDevice> {
         .map_err(|error| unusable(error.into()))?
         .st_mode;
     if SFlag::from_bits_truncate(kind) & SFlag::S_IFMT != SFlag::S_IFBLK {
-        let problem = format!("{} is no block device: a VM", host_path.display());
-        return Err(refuse(
-            Code::Unimplemented,
-            "host_path",
-            problem + " has others only of its own",
-        ));
+        return Ok(None);
     }
     let (file, length) = open_device(&place, read_only).map_err(unusable)?;
     if length == 0 || !length.is_multiple_of(ALIGNMENT) {
@@ -82,12 +78,12 @@ fn open_one(index: usize, device: &cri::Device) -> Result<BlockDevice> {
         );
         return Err(refuse(Code::FailedPrecondition, "host_path", problem));
     }
-    Ok(BlockDevice {
+    Ok(Some(BlockDevice {
         file,
         length,
         read_only,
         container_path: container_path.display().to_string(),
-    })
+    }))
 }
 
 /// What is at a path, without using it: to open some devices is to use them.

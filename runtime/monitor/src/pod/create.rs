@@ -1,10 +1,12 @@
-//! CreateContainer, RemoveContainer, ReopenLog.
+//! CreateContainer, UpdateContainer, RemoveContainer, ReopenLog.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use podvisor_proto::agent;
-use podvisor_proto::monitor::{self, ContainerState, CreateContainerRequest, SandboxState};
+use podvisor_proto::monitor::{
+    self, ContainerState, CreateContainerRequest, SandboxState, UpdateContainerRequest,
+};
 use prost::Message;
 use tracing::{info, warn};
 
@@ -46,6 +48,17 @@ impl Pod {
                 Err(error)
             }
         }
+    }
+
+    /// Sets a container's limits.
+    pub async fn update(&self, request: UpdateContainerRequest) -> Result<(), PodError> {
+        let container = self.container(&request.id)?;
+        let _operation = container.operation.lock().await;
+        let request = agent::UpdateContainerRequest {
+            id: request.id,
+            resources: request.resources,
+        };
+        Ok(self.agent()?.update_container(request).await?)
     }
 
     /// Kills what is left of a container and forgets it.
@@ -143,6 +156,7 @@ impl Pod {
                     })
                     .collect(),
                 block_devices: block_devices.clone(),
+                guest_devices: request.guest_devices,
             })
             .await;
         match created {

@@ -1,0 +1,207 @@
+//! UpdateContainerResources, and the CPUs of the node that a pod's VM may run on.
+
+use podvisor_proto::{cri, monitor};
+
+use crate::cgroup::PodCgroup;
+use crate::daemon::{Daemon, within};
+use crate::error::{Error, Result};
+use crate::inventory;
+use crate::pod::Pod;
+use crate::spec::resources::{self, numbers};
+
+/// Longer than the monitor's own deadline for the agent.
+const CALL: std::time::Duration = std::time::Duration::from_mins(1);
+
+impl Daemon {
+    /// Sets limits of a container that is created or runs. What is 0 or empty stays as it is.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT; FAILED_PRECONDITION: it has ended, or it uses more memory than it is to have.
+    /// The limits are then those of before.
+    pub async fn update_container_resources(
+        &self,
+        request: cri::UpdateContainerResourcesRequest,
+    ) -> Result<()> {
+        let container = self.pods.find_container(&request.container_id)?;
+        let monitor = container.pod.ready_monitor()?;
+        let Some(changes) = request.linux else {
+            return Ok(());
+        };
+        // One change at a time: each is made from what the one before left.
+        let _turn = container.updating.lock().await;
+        let state = container.state().state();
+        if state == monitor::ContainerState::Exited {
+            return Err(Error::Precondition(format!(
+                "container {} has ended",
+                container.record.id
+            )));
+        }
+        let mut merged = container.limits();
+        merge(&mut merged, changes);
+        check_cpus(&merged)?;
+        let spec = resources::of(&merged)?;
+        let request = monitor::UpdateContainerRequest {
+            id: container.record.id.clone(),
+            resources: serde_json::to_vec(&spec)
+                .map_err(|error| Error::io("OCI resources")(std::io::Error::other(error)))?,
+        };
+        let mut client = monitor.client();
+        within(CALL, "UpdateContainer", client.update_container(request)).await?;
+        container.set_limits(merged);
+        self.store.put_container(container.record()).await?;
+        self.place(&container.pod).await
+    }
+
+    /// Keeps the pod's VM on the CPUs and memory nodes of its containers: all those that any of them
+    /// names, or those of the pod's parent when one names none.
+    ///
+    /// # Errors
+    /// The node does not have them.
+    pub async fn place(&self, pod: &Pod) -> Result<()> {
+        let mut wanted = Vec::new();
+        for container in self.pods.containers_of(&pod.id) {
+            if container.state().state() != monitor::ContainerState::Exited {
+                wanted.push(container.limits());
+            }
+        }
+        let named = |limits: &cri::LinuxContainerResources| {
+            !limits.cpuset_cpus.is_empty() || !limits.cpuset_mems.is_empty()
+        };
+        if !wanted.iter().any(named) {
+            return Ok(());
+        }
+        let union = |list: fn(&cri::LinuxContainerResources) -> &str| {
+            let lists: Vec<&str> = wanted.iter().map(list).collect();
+            if lists.iter().any(|list| list.is_empty()) {
+                String::new()
+            } else {
+                lists.join(",")
+            }
+        };
+        let cpus = union(|limits| &limits.cpuset_cpus);
+        let mems = union(|limits| &limits.cpuset_mems);
+        let parent = self.cgroup_parent(&pod.record().config.unwrap_or_default());
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, &pod.id);
+        tokio::task::spawn_blocking(move || {
+            PodCgroup::at(&parent, &leaf)?.set_cpuset(&cpus, &mems)
+        })
+        .await
+        .map_err(|_| Error::Cancelled)??;
+        Ok(())
+    }
+}
+
+/// Refuses CPUs that this node does not have.
+///
+/// # Errors
+/// INVALID_ARGUMENT.
+pub fn check_cpus(asked: &cri::LinuxContainerResources) -> Result<()> {
+    for (field, list, online) in [
+        (
+            "cpuset_cpus",
+            &asked.cpuset_cpus,
+            "/sys/devices/system/cpu/online",
+        ),
+        (
+            "cpuset_mems",
+            &asked.cpuset_mems,
+            "/sys/devices/system/node/online",
+        ),
+    ] {
+        let invalid = |problem: String| Error::Invalid {
+            field: "config.linux.resources",
+            problem: format!("{field}: {problem}"),
+        };
+        let wanted = numbers(list).map_err(invalid)?;
+        if wanted.is_empty() {
+            continue;
+        }
+        // A kernel without NUMA has no such file, and one node.
+        let online = std::fs::read_to_string(online).unwrap_or_else(|_| "0".into());
+        let online = numbers(online.trim()).map_err(invalid)?;
+        if let Some(absent) = wanted.iter().find(|number| !online.contains(number)) {
+            return Err(invalid(format!("this node has no {absent}")));
+        }
+    }
+    Ok(())
+}
+
+/// Takes over what `changes` names.
+fn merge(limits: &mut cri::LinuxContainerResources, changes: cri::LinuxContainerResources) {
+    for (old, new) in [
+        (&mut limits.cpu_period, changes.cpu_period),
+        (&mut limits.cpu_quota, changes.cpu_quota),
+        (&mut limits.cpu_shares, changes.cpu_shares),
+        (
+            &mut limits.memory_limit_in_bytes,
+            changes.memory_limit_in_bytes,
+        ),
+        (
+            &mut limits.memory_swap_limit_in_bytes,
+            changes.memory_swap_limit_in_bytes,
+        ),
+        (&mut limits.oom_score_adj, changes.oom_score_adj),
+    ] {
+        if new != 0 {
+            *old = new;
+        }
+    }
+    for (old, new) in [
+        (&mut limits.cpuset_cpus, changes.cpuset_cpus),
+        (&mut limits.cpuset_mems, changes.cpuset_mems),
+    ] {
+        if !new.is_empty() {
+            *old = new;
+        }
+    }
+    for new in changes.hugepage_limits {
+        limits
+            .hugepage_limits
+            .retain(|old| old.page_size != new.page_size);
+        limits.hugepage_limits.push(new);
+    }
+    limits.unified.extend(changes.unified);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_named_stays() {
+        let mut limits = cri::LinuxContainerResources {
+            cpu_shares: 2,
+            memory_limit_in_bytes: 64 << 20,
+            cpuset_cpus: "0".into(),
+            ..Default::default()
+        };
+        let page = |limit| cri::HugepageLimit {
+            page_size: "2MB".into(),
+            limit,
+        };
+        limits.hugepage_limits.push(page(0));
+        let changes = cri::LinuxContainerResources {
+            memory_limit_in_bytes: 32 << 20,
+            hugepage_limits: vec![page(1)],
+            ..Default::default()
+        };
+        merge(&mut limits, changes);
+        assert_eq!(limits.cpu_shares, 2);
+        assert_eq!(limits.memory_limit_in_bytes, 32 << 20);
+        assert_eq!(limits.cpuset_cpus, "0");
+        assert_eq!(limits.hugepage_limits, [page(1)]);
+    }
+
+    #[test]
+    fn cpus_of_another_node_are_refused() {
+        let with = |cpus: &str| {
+            check_cpus(&cri::LinuxContainerResources {
+                cpuset_cpus: cpus.into(),
+                ..Default::default()
+            })
+        };
+        with("").unwrap();
+        with("0").unwrap();
+        assert!(matches!(with("60000"), Err(Error::Invalid { .. })));
+    }
+}

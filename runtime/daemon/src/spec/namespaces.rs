@@ -1,0 +1,134 @@
+//! Which namespaces a container has of its own, and which it shares.
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType};
+use podvisor_proto::cri::{self, NamespaceMode};
+
+use super::build_error;
+use crate::error::{Error, Result};
+
+/// Namespace path that the agent replaces by the pod's own.
+const POD: &str = "pod";
+
+/// Namespace path, before an id, that the agent replaces by that container's own.
+const CONTAINER: &str = "container:";
+
+/// The namespaces. `target`: the container whose processes this one sees, when its pid mode is TARGET.
+///
+/// # Errors
+/// FAILED_PRECONDITION for what only the host has, INVALID_ARGUMENT for modes that the CRI does not have.
+pub fn of(
+    security: &cri::LinuxContainerSecurityContext,
+    target: Option<&str>,
+) -> Result<Vec<LinuxNamespace>> {
+    let options = security.namespace_options.clone().unwrap_or_default();
+    pod_level("network", options.network(), "the host's network")?;
+    pod_level("ipc", options.ipc(), "the host's IPC objects")?;
+    let users = options.userns_options.clone().unwrap_or_default();
+    if !users.uids.is_empty() || !users.gids.is_empty() {
+        return Err(Error::Unsupported {
+            field: "config.linux.security_context.namespace_options.userns_options",
+            what: "a user namespace".into(),
+        });
+    }
+    let pids = match (options.pid(), target) {
+        (NamespaceMode::Pod, _) => Some(POD.to_owned()),
+        (NamespaceMode::Container, _) => None,
+        (NamespaceMode::Node, _) => return Err(host("pid", "the host's processes")),
+        (NamespaceMode::Target, Some(id)) => Some(format!("{CONTAINER}{id}")),
+        (NamespaceMode::Target, None) => {
+            return Err(Error::Invalid {
+                field: "config.linux.security_context.namespace_options.target_id",
+                problem: "must not be empty".into(),
+            });
+        }
+    };
+    let pod = || Some(POD.to_owned());
+    [
+        (LinuxNamespaceType::Mount, None),
+        (LinuxNamespaceType::Pid, pids),
+        (LinuxNamespaceType::Ipc, pod()),
+        (LinuxNamespaceType::Uts, pod()),
+        (LinuxNamespaceType::Cgroup, None),
+    ]
+    .into_iter()
+    .map(|(kind, path)| {
+        let namespace = LinuxNamespaceBuilder::default().typ(kind);
+        match path {
+            Some(path) => namespace.path(path),
+            None => namespace,
+        }
+        .build()
+        .map_err(build_error)
+    })
+    .collect()
+}
+
+/// A namespace that all containers of a pod share.
+fn pod_level(kind: &str, mode: NamespaceMode, what: &str) -> Result<()> {
+    match mode {
+        NamespaceMode::Pod => Ok(()),
+        NamespaceMode::Node => Err(host(kind, what)),
+        NamespaceMode::Container | NamespaceMode::Target => Err(Error::Invalid {
+            field: "config.linux.security_context.namespace_options",
+            problem: format!(
+                "{kind}: the mode is POD or NODE, not {}",
+                mode.as_str_name()
+            ),
+        }),
+    }
+}
+
+fn host(kind: &str, what: &str) -> Error {
+    Error::Precondition(format!(
+        "config.linux.security_context.namespace_options.{kind}: a container in a VM cannot have {what}"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn namespaces_are_shared_as_the_pod_says() {
+        let with = |options: cri::NamespaceOption| {
+            let context = cri::LinuxContainerSecurityContext {
+                namespace_options: Some(options),
+                ..Default::default()
+            };
+            of(&context, Some("abc")).map(|list| {
+                let pid = list.iter().find(|n| n.typ() == LinuxNamespaceType::Pid);
+                pid.unwrap().path().clone()
+            })
+        };
+        let pid = |mode: NamespaceMode| {
+            with(cri::NamespaceOption {
+                pid: mode as i32,
+                ..Default::default()
+            })
+        };
+        assert_eq!(pid(NamespaceMode::Pod).unwrap(), Some("pod".into()));
+        assert_eq!(pid(NamespaceMode::Container).unwrap(), None);
+        assert_eq!(
+            pid(NamespaceMode::Target).unwrap(),
+            Some("container:abc".into())
+        );
+        assert!(matches!(
+            pid(NamespaceMode::Node),
+            Err(Error::Precondition(_))
+        ));
+        let ipc = |mode: NamespaceMode| {
+            with(cri::NamespaceOption {
+                ipc: mode as i32,
+                ..Default::default()
+            })
+        };
+        assert!(matches!(
+            ipc(NamespaceMode::Node),
+            Err(Error::Precondition(_))
+        ));
+        assert!(matches!(
+            ipc(NamespaceMode::Container),
+            Err(Error::Invalid { .. })
+        ));
+    }
+}
