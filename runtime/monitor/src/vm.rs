@@ -20,9 +20,12 @@ use crate::state::now_ns;
 /// - no checks of hardware that is not there, no switch of code for one CPU and back;
 /// - waits for RCU are short: the guest's start has many, and nobody else to disturb;
 /// - per-CPU memory is had by the page: by default it comes in units of 2 MiB of addresses a CPU, for each of which the
-///   memory controller keeps 4 MiB of accounts as soon as containers need more than the first few KiB.
+///   memory controller keeps 4 MiB of accounts as soon as containers need more than the first few KiB;
+/// - free memory is reported to the host in pieces of 64 KiB and more, not of 2 MiB: what is free in a huge page of the
+///   host's beside a few pages in use is given back too.
 const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 random.trust_cpu=on \
-     no_timer_check noreplace-smp rcupdate.rcu_expedited=1 percpu_alloc=page";
+     no_timer_check noreplace-smp rcupdate.rcu_expedited=1 percpu_alloc=page \
+     page_reporting.page_reporting_order=4";
 
 /// The kernel's words when it dies.
 const PANIC_MARK: &str = "Kernel panic - not syncing";

@@ -69,6 +69,11 @@ impl Guest {
 
     /// Boots a VM that `change` has changed.
     pub async fn boot_with(change: impl FnOnce(&mut VmConfig)) -> Option<Self> {
+        Self::boot_on(backend(), change).await
+    }
+
+    /// Boots a VM that `change` has changed, on `backend`.
+    pub async fn boot_on(backend: Backend, change: impl FnOnce(&mut VmConfig)) -> Option<Self> {
         let kernel = prerequisites()?;
         podvisor_vmm::seccomp::report_violations();
         // Shown when a test fails. There may be one already: another test's.
@@ -76,11 +81,11 @@ impl Guest {
             .with_env_filter("podvisor_vmm=debug")
             .with_test_writer()
             .try_init();
-        let (mut config, vsock, console) = config(&kernel);
+        let (mut config, vsock, console) = config_for(&backend, &kernel);
         change(&mut config);
         let mut control = vsock.listen(1024);
         let disk = config.disk.clone();
-        let vmm = podvisor_vmm::start(config, backend()).await.unwrap();
+        let vmm = podvisor_vmm::start(config, backend).await.unwrap();
         let dialled = timeout(PATIENCE, control.accept()).await;
         let Ok(Some(control)) = dialled else {
             panic!(
@@ -100,6 +105,11 @@ impl Guest {
     /// Sends a command and returns the line that answers it.
     pub async fn command(&mut self, command: &str) -> String {
         self.tell(command).await;
+        self.answer().await
+    }
+
+    /// The next line that the guest answers with.
+    pub async fn answer(&mut self) -> String {
         let mut answer = String::new();
         timeout(PATIENCE, self.control.read_line(&mut answer))
             .await
@@ -143,6 +153,10 @@ async fn last_words(mut vmm: Box<dyn Vmm>, mut console: std::io::PipeReader) -> 
 
 /// A VM with 128 MiB and one CPU.
 pub fn config(kernel: &Path) -> (VmConfig, VsockHandle, std::io::PipeReader) {
+    config_for(&backend(), kernel)
+}
+
+fn config_for(backend: &Backend, kernel: &Path) -> (VmConfig, VsockHandle, std::io::PipeReader) {
     let (console, console_in) = std::io::pipe().unwrap();
     let (device, vsock) = VsockDevice::new(3).unwrap();
     let config = VmConfig {
@@ -153,9 +167,9 @@ pub fn config(kernel: &Path) -> (VmConfig, VsockHandle, std::io::PipeReader) {
         initramfs: initramfs(),
         cmdline: format!(
             "console=ttyS0 quiet panic=-1 random.trust_cpu=on no_timer_check {}",
-            match backend() {
-                Backend::Kvm => String::new(),
-                Backend::Qemu(_) => TscMeter::start().tcg_cmdline(),
+            match backend {
+                Backend::Qemu(qemu) if qemu.accel == Accel::Tcg => TscMeter::start().tcg_cmdline(),
+                _ => String::new(),
             }
         ),
         net: None,

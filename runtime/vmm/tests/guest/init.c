@@ -6,6 +6,10 @@
 //   write N OFFSET LENGTH BYTE  ok | errno (written and synced)
 //   discard N OFFSET LENGTH     ok | errno
 //   dial PORT                   ok | errno
+//   size NAME                   of the block device, in bytes | errno
+//   scan NAME MEBIBYTES         microseconds, for reading so much of a block device past the cache | errno
+//   stream PORT MEBIBYTES       ok, when so much has been sent to the host's port, and taken | errno
+//   send PORT MEBIBYTES         the same by TCP, from 10.99.0.2 to 10.99.0.1 | errno
 //   touch BYTES                 ok, when as much memory has been written and freed again
 //   cpus                        how many there are
 //   mac                         eth0's address | errno
@@ -18,6 +22,7 @@
 #include <linux/blkpg.h>
 #include <linux/fs.h>
 #include <linux/vm_sockets.h>
+#include <arpa/inet.h>
 #include <net/if.h>
 #include <signal.h>
 #include <stdint.h>
@@ -29,6 +34,7 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 static char buffer[1 << 20] __attribute__((aligned(4096)));
@@ -144,6 +150,74 @@ static int discard(int number, long long offset, long long length) {
     return result;
 }
 
+static int open_block(const char *name, int flags) {
+    char path[32];
+    snprintf(path, sizeof path, "/dev/%s", name);
+    return open(path, flags | O_CLOEXEC);
+}
+
+static long long size(const char *name) {
+    uint64_t bytes = 0;
+    int fd = open_block(name, O_RDONLY);
+    if (fd < 0 || ioctl(fd, BLKGETSIZE64, &bytes) < 0)
+        return -1;
+    close(fd);
+    return bytes;
+}
+
+static long long microseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000LL + now.tv_nsec / 1000;
+}
+
+static long long scan(const char *name, int mebibytes) {
+    int fd = open_block(name, O_RDONLY | O_DIRECT);
+    if (fd < 0)
+        return -1;
+    long long begin = microseconds();
+    for (; mebibytes > 0; mebibytes--)
+        if (read(fd, buffer, sizeof buffer) != sizeof buffer)
+            return -1;
+    long long took = microseconds() - begin;
+    close(fd);
+    return took;
+}
+
+// Sends so much and waits until the other side closes the connection.
+static int send_mebibytes(int fd, int mebibytes) {
+    if (fd < 0)
+        return -1;
+    for (; mebibytes > 0; mebibytes--)
+        send_all(fd, buffer, sizeof buffer);
+    shutdown(fd, SHUT_WR);
+    while (read(fd, buffer, sizeof buffer) > 0) {
+    }
+    return close(fd);
+}
+
+static struct sockaddr_in ipv4(const char *address, unsigned port) {
+    struct sockaddr_in in = {.sin_family = AF_INET, .sin_port = htons(port)};
+    inet_pton(AF_INET, address, &in.sin_addr);
+    return in;
+}
+
+static int connect_tcp(unsigned port) {
+    struct sockaddr_in host = ipv4("10.99.0.1", port), own = ipv4("10.99.0.2", 0), mask = ipv4("255.255.255.0", 0);
+    struct ifreq request = {.ifr_name = "eth0"};
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    memcpy(&request.ifr_addr, &own, sizeof own);
+    if (ioctl(fd, SIOCSIFADDR, &request) < 0)
+        return -1;
+    memcpy(&request.ifr_netmask, &mask, sizeof mask);
+    if (ioctl(fd, SIOCSIFNETMASK, &request) < 0)
+        return -1;
+    request.ifr_flags = IFF_UP;
+    if (ioctl(fd, SIOCSIFFLAGS, &request) < 0 || connect(fd, (struct sockaddr *)&host, sizeof host) < 0)
+        return -1;
+    return fd;
+}
+
 static void mac(int control) {
     struct ifreq request = {.ifr_name = "eth0"};
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
@@ -164,6 +238,13 @@ static int touch(long long bytes) {
     return munmap(memory, bytes);
 }
 
+static void answer_number(int control, long long number) {
+    if (number < 0)
+        dprintf(control, "%s\n", strerrorname_np(errno));
+    else
+        dprintf(control, "%lld\n", number);
+}
+
 static void answer(int control, int result) {
     dprintf(control, "%s\n", result < 0 ? strerrorname_np(errno) : "ok");
 }
@@ -182,6 +263,7 @@ int main(void) {
         int number, byte;
         long long offset, length;
         unsigned port;
+        char name[16];
         if (sscanf(line, "partition %d %lld %lld", &number, &offset, &length) == 3)
             answer(control, add_partition(number, offset, length));
         else if (sscanf(line, "read %d %lld %lld", &number, &offset, &length) == 3)
@@ -190,6 +272,14 @@ int main(void) {
             answer(control, write_partition(number, offset, length, byte));
         else if (sscanf(line, "discard %d %lld %lld", &number, &offset, &length) == 3)
             answer(control, discard(number, offset, length));
+        else if (sscanf(line, "size %15s", name) == 1)
+            answer_number(control, size(name));
+        else if (sscanf(line, "scan %15s %d", name, &number) == 2)
+            answer_number(control, scan(name, number));
+        else if (sscanf(line, "stream %u %d", &port, &number) == 2)
+            answer(control, send_mebibytes(dial(port), number));
+        else if (sscanf(line, "send %u %d", &port, &number) == 2)
+            answer(control, send_mebibytes(connect_tcp(port), number));
         else if (sscanf(line, "touch %lld", &length) == 1)
             answer(control, touch(length));
         else if (strcmp(line, "cpus\n") == 0)
