@@ -63,11 +63,6 @@ impl Daemon {
         check_cpus(&linux.resources.unwrap_or_default())?;
         let security = spec::security(&config);
         let target = self.target(&pod, &security)?;
-        let devices = config.devices.clone();
-        let block_devices =
-            tokio::task::spawn_blocking(move || volumes::open_block_devices(&devices))
-                .await
-                .map_err(|_| Error::Cancelled)??;
         let surroundings = spec::Surroundings {
             sandbox: &sandbox_config,
             image: &image.config,
@@ -90,6 +85,10 @@ impl Daemon {
             volume_images.push(image);
         }
         let volumes = volumes::open(volumes).await?;
+        let devices = config.devices.clone();
+        let devices = tokio::task::spawn_blocking(move || volumes::open_devices(&devices))
+            .await
+            .map_err(|_| Error::Cancelled)??;
         let id = ids::new_id()?;
         let mut mounts = built.spec.mounts().clone().unwrap_or_default();
         mounts.extend(volumes::spec_mounts(&id, &volumes, &image_volumes)?);
@@ -117,9 +116,9 @@ impl Daemon {
                 sub_path: volume.sub_path,
             });
         }
-        let mut sent_devices = Vec::with_capacity(block_devices.len());
-        for device in block_devices {
-            sent_devices.push(monitor::BlockDevice {
+        let mut block_devices = Vec::with_capacity(devices.len());
+        for device in devices {
+            block_devices.push(monitor::BlockDevice {
                 fd_token: monitor.send_fd(device.file).await?,
                 length: device.length,
                 read_only: device.read_only,
@@ -136,10 +135,10 @@ impl Daemon {
             stdin_once: config.stdin_once,
             terminal: config.tty,
             log_fd_token: send_log(&monitor, &record.log_path).await?,
+            guest_devices: built.guest_devices,
             volumes_fd_token: Vec::new(),
             image_volumes: sent_volumes,
-            block_devices: sent_devices,
-            guest_devices: built.guest_devices,
+            block_devices,
         };
         // A task of its own, as with sandboxes: a caller that goes away leaves nothing half made.
         let daemon = Arc::clone(self);

@@ -190,7 +190,7 @@ fn devices() {
     };
     refused(
         &with("/dev/no-such", "/dev/nil", "r"),
-        "InvalidArgument",
+        "FailedPrecondition",
         "no-such",
     );
     refused(&with("/dev/zero", "nil", "r"), "InvalidArgument", "nil");
@@ -201,7 +201,7 @@ fn devices() {
     );
     refused(
         &with("/etc/passwd", "/dev/nil", "r"),
-        "FailedPrecondition",
+        "Unimplemented",
         "/etc/passwd",
     );
     assert_eq!(daemon.cri().containers().len(), 1);

@@ -1,12 +1,12 @@
 //! Devices: what a container may use, and the nodes that it is given.
 //!
 //! A VM has its own kernel: a device of the node is not there. A character device that the guest's kernel
-//! has by the same number is that one; block devices become segments of the pod's disk (`volumes::block`);
-//! everything else is refused.
+//! has by the same number is that one; block devices are the volumes' (`crate::volumes`); everything else is
+//! refused, there.
 
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 
-use nix::sys::stat::{major, minor};
+use nix::sys::stat::{SFlag, major, minor};
 use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
 };
@@ -39,11 +39,10 @@ pub struct Devices {
     pub rules: Vec<LinuxDeviceCgroup>,
 }
 
-/// The container's devices.
+/// The container's devices, as far as the guest has them.
 ///
 /// # Errors
-/// INVALID_ARGUMENT: a path or permissions that are none. FAILED_PRECONDITION: a device that only the
-/// host has.
+/// INVALID_ARGUMENT: a path or permissions that are none.
 pub async fn of(config: &cri::ContainerConfig) -> Result<Devices> {
     let privileged = super::security(config).privileged;
     let mut nodes = Vec::with_capacity(config.devices.len());
@@ -64,7 +63,10 @@ pub async fn of(config: &cri::ContainerConfig) -> Result<Devices> {
             .typ(LinuxDeviceType::C)
             .major(node.major())
             .minor(node.minor())
-            .access(device.permissions.clone());
+            .access(match device.permissions.as_str() {
+                "" => "rwm",
+                named => named,
+            });
         if !privileged {
             rules.push(rule.build().map_err(build_error)?);
         }
@@ -73,7 +75,13 @@ pub async fn of(config: &cri::ContainerConfig) -> Result<Devices> {
     Ok(Devices { nodes, rules })
 }
 
-/// `None`: a block device.
+/// Whether a device of the host, by its mode and number, is one that the guest has, too.
+pub fn is_in_guest(mode: u32, number: u64) -> bool {
+    let kind = SFlag::from_bits_truncate(mode) & SFlag::S_IFMT;
+    kind == SFlag::S_IFCHR && IN_GUEST.contains(&(major(number), minor(number)))
+}
+
+/// None: not one that the guest has.
 async fn node(device: &cri::Device) -> Result<Option<LinuxDevice>> {
     let invalid = |problem: String| Error::Invalid {
         field: FIELD,
@@ -84,33 +92,25 @@ async fn node(device: &cri::Device) -> Result<Option<LinuxDevice>> {
         host_path,
         permissions,
     } = device;
+    let status = match tokio::fs::metadata(host_path).await {
+        Ok(status) if is_in_guest(status.mode(), status.rdev()) => status,
+        _ => return Ok(None),
+    };
     if !container_path.starts_with('/') {
         return Err(invalid(format!(
             "container_path {container_path:?} is not absolute"
         )));
     }
-    if permissions.is_empty() || !permissions.chars().all(|letter| "rwm".contains(letter)) {
+    if !permissions.chars().all(|letter| "rwm".contains(letter)) {
         return Err(invalid(format!(
             "permissions {permissions:?} are not of \"rwm\""
-        )));
-    }
-    let status = tokio::fs::metadata(host_path)
-        .await
-        .map_err(|error| invalid(format!("host_path {host_path}: {error}")))?;
-    if status.file_type().is_block_device() {
-        return Ok(None);
-    }
-    let number = (major(status.rdev()), minor(status.rdev()));
-    if !status.file_type().is_char_device() || !IN_GUEST.contains(&number) {
-        return Err(Error::Precondition(format!(
-            "{FIELD}: {host_path} is a device of the host; a container in a VM cannot have it"
         )));
     }
     LinuxDeviceBuilder::default()
         .path(container_path)
         .typ(LinuxDeviceType::C)
-        .major(number.0 as i64)
-        .minor(number.1 as i64)
+        .major(major(status.rdev()) as i64)
+        .minor(minor(status.rdev()) as i64)
         .file_mode(status.mode() & 0o7777)
         .uid(status.uid())
         .gid(status.gid())
@@ -148,18 +148,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_only_the_host_has_is_refused() {
-        for (config, precondition) in [
-            (device("/dev/no-such-device", "/dev/x", "rw"), false),
-            (device("/dev/zero", "dev/x", "rw"), false),
-            (device("/dev/zero", "/dev/x", ""), false),
-            (device("/dev/zero", "/dev/x", "rx"), false),
-            (device("/dev", "/dev/x", "r"), true),
-            (device("/etc/passwd", "/dev/x", "r"), true),
-        ] {
-            let error = of(&config).await.unwrap_err();
-            let is = matches!(error, Error::Precondition(_));
-            assert_eq!(is, precondition, "{error}");
+    async fn what_only_the_host_has_is_not_given() {
+        for other in ["/dev/no-such-device", "/dev", "/etc/passwd"] {
+            let devices = of(&device(other, "/dev/x", "r")).await.unwrap();
+            assert!(devices.nodes.is_empty(), "{other}");
+        }
+        for (path, permissions) in [("dev/x", "rw"), ("/dev/x", "rx")] {
+            let error = of(&device("/dev/zero", path, permissions))
+                .await
+                .unwrap_err();
+            assert!(matches!(error, Error::Invalid { .. }), "{error}");
         }
     }
 }

@@ -12,6 +12,7 @@ use tonic::Code;
 
 use super::absolute;
 use crate::error::{Error, Result};
+use crate::spec::devices::is_in_guest;
 
 /// Segments are whole pages.
 const ALIGNMENT: u64 = 4096;
@@ -31,18 +32,17 @@ pub struct BlockDevice {
     pub container_path: String,
 }
 
-/// Opens the block devices among those that CreateContainer asks for. Blocking.
+/// Opens the devices that CreateContainer asks for, but for those that the guest has by itself. Blocking.
 ///
 /// # Errors
-/// What contradicts the CRI or is not there, with the field's path.
-pub fn open_block_devices(devices: &[cri::Device]) -> Result<Vec<BlockDevice>> {
+/// What contradicts the CRI, is not there, or is no block device, with the field's path.
+pub fn open_devices(devices: &[cri::Device]) -> Result<Vec<BlockDevice>> {
     let devices = devices.iter().enumerate();
     devices
         .filter_map(|(index, device)| open_one(index, device).transpose())
         .collect()
 }
 
-/// `None`: not a block device.
 fn open_one(index: usize, device: &cri::Device) -> Result<Option<BlockDevice>> {
     let refuse = |code, field, problem: String| Error::Element {
         list: "devices",
@@ -64,11 +64,18 @@ fn open_one(index: usize, device: &cri::Device) -> Result<Option<BlockDevice>> {
         refuse(Code::FailedPrecondition, "host_path", problem)
     };
     let place = find(&host_path).map_err(unusable)?;
-    let kind = fstat(&place)
-        .map_err(|error| unusable(error.into()))?
-        .st_mode;
-    if SFlag::from_bits_truncate(kind) & SFlag::S_IFMT != SFlag::S_IFBLK {
+    let status = fstat(&place).map_err(|error| unusable(error.into()))?;
+    if is_in_guest(status.st_mode, status.st_rdev) {
         return Ok(None);
+    }
+    let kind = status.st_mode;
+    if SFlag::from_bits_truncate(kind) & SFlag::S_IFMT != SFlag::S_IFBLK {
+        let problem = format!("{} is no block device: a VM", host_path.display());
+        return Err(refuse(
+            Code::Unimplemented,
+            "host_path",
+            problem + " has others only of its own",
+        ));
     }
     let (file, length) = open_device(&place, read_only).map_err(unusable)?;
     if length == 0 || !length.is_multiple_of(ALIGNMENT) {

@@ -26,7 +26,7 @@ use tonic::Code;
 
 use crate::error::{Error, Result};
 
-pub use block::{BlockDevice, open_block_devices};
+pub use block::{BlockDevice, open_devices};
 pub use lifecycle::open;
 pub use server::FsServer;
 pub use source::Source;

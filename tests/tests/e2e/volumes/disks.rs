@@ -151,7 +151,7 @@ fn raw_block_devices() {
             "host_path",
         ),
         (
-            json!({"host_path": "/dev/null", "container_path": "/dev/x"}),
+            json!({"host_path": "/dev/ptmx", "container_path": "/dev/x"}),
             "host_path",
         ),
         (
