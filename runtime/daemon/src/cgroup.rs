@@ -138,13 +138,18 @@ impl PodCgroup {
                 ));
             };
             let file = group.root.join(name);
+            let is = fs::read_to_string(&file).unwrap_or_default();
             let mut wanted = list.to_owned();
-            if list.is_empty() && group.kind == Kind::V1Cpuset {
-                let above = group.root.parent().unwrap_or(&group.root).join(name);
+            // A group with processes cannot have its list taken away again, on v2 neither.
+            if list.is_empty() && !is.trim().is_empty() {
+                let above = group.root.parent().unwrap_or(&group.root);
+                let above = match group.kind {
+                    Kind::V1Cpuset => above.join(name),
+                    _ => above.join(format!("{name}.effective")),
+                };
                 wanted = fs::read_to_string(&above).map_err(CgroupError::io(&above, "read"))?;
             }
             // Every write makes the kernel look at each process of the group.
-            let is = fs::read_to_string(&file).unwrap_or_default();
             if is.trim() != wanted.trim() {
                 fs::write(&file, format!("{}\n", wanted.trim()))
                     .map_err(CgroupError::io(&file, "set"))?;

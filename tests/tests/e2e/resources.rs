@@ -360,8 +360,12 @@ fn cpus_are_the_hosts() {
     let parent = daemon.instance.cgroup_parent();
     let cpus = || -> Vec<String> {
         let groups = host_groups(parent.trim_matches('/'), &id).into_iter();
-        let files =
-            groups.filter_map(|group| std::fs::read_to_string(group.join("cpuset.cpus")).ok());
+        // Of v2, what applies; of v1, what is set.
+        let files = groups.filter_map(|group| {
+            ["cpuset.cpus.effective", "cpuset.cpus"]
+                .iter()
+                .find_map(|name| std::fs::read_to_string(group.join(name)).ok())
+        });
         files.map(|text| text.trim().to_owned()).collect()
     };
     if cpus().is_empty() {
