@@ -9,12 +9,13 @@ use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
 use crate::machine::patience;
+use crate::registry::busybox;
 use crate::{output_of, rig};
 
 /// The binary, built when it is not there.
 pub fn binary() -> &'static PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| output_of(&mut rig("crictl.sh")).trim().into())
+    BINARY.get_or_init(|| output_of(rig("cri-tool.sh").arg("crictl")).trim().into())
 }
 
 /// How a run of crictl ended.
@@ -51,6 +52,20 @@ impl Ran {
         );
         self.stderr
     }
+}
+
+/// A daemon with the busybox image and a pod, and the pod's id.
+pub fn with_pod(name: &str) -> (Daemon, Pod, String) {
+    with_such_pod(name, &json!({}))
+}
+
+/// [`with_pod`], with a `linux` configuration.
+pub fn with_such_pod(name: &str, linux: &Value) -> (Daemon, Pod, String) {
+    let daemon = Daemon::start();
+    daemon.crictl(&["pull", &busybox()]).ok();
+    let pod = daemon.pod(name).with("linux", linux.clone());
+    let id = daemon.run_pod(&pod);
+    (daemon, pod, id)
 }
 
 impl Daemon {

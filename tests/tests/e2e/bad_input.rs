@@ -4,22 +4,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use podvisor_proto::cri::{self, ContainerState};
-use podvisor_tests::crictl::{Pod, container, shell};
+use podvisor_tests::crictl::{container, shell, with_pod};
 use podvisor_tests::daemon::Daemon;
 use podvisor_tests::machine::Backend;
 use podvisor_tests::registry::busybox;
 use podvisor_tests::{eventually, finished};
 use serde_json::json;
 use tonic::{Code, Status};
-
-/// A daemon with the busybox image and a pod.
-fn with_pod(name: &str) -> (Daemon, Pod, String) {
-    let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
-    let pod = daemon.pod(name);
-    let id = daemon.run_pod(&pod);
-    (daemon, pod, id)
-}
 
 fn assert_code<T: std::fmt::Debug>(result: Result<T, Status>, code: Code) -> String {
     let error = result.expect_err("bad input");

@@ -3,22 +3,13 @@
 use std::io::{BufRead, BufReader};
 use std::time::Duration;
 
-use podvisor_tests::crictl::{Pod, container, shell};
+use podvisor_tests::crictl::{container, shell, with_pod};
 use podvisor_tests::daemon::Daemon;
 use podvisor_tests::logs;
 use podvisor_tests::oci::{Image, Layer};
 use podvisor_tests::registry::{Registry, busybox};
 use serde_json::{Value, json};
 use tonic::Code;
-
-/// A daemon with the busybox image and a pod.
-fn with_pod(name: &str) -> (Daemon, Pod, String) {
-    let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
-    let pod = daemon.pod(name);
-    let id = daemon.run_pod(&pod);
-    (daemon, pod, id)
-}
 
 /// A shell that does what the test tells it, and ends when it is told to.
 const WAITS: &str = "trap 'exit 0' TERM; while :; do sleep 0.1; done";

@@ -1,21 +1,12 @@
 //! Limits of containers in the guest, and of pods on the host.
 
 use podvisor_proto::cri;
-use podvisor_tests::crictl::{Pod, shell};
+use podvisor_tests::crictl::{shell, with_pod};
 use podvisor_tests::daemon::Daemon;
 use podvisor_tests::logs;
 use podvisor_tests::registry::busybox;
 use serde_json::{Value, json};
 use tonic::{Code, Status};
-
-/// A daemon with the busybox image and a pod.
-fn with_pod(name: &str) -> (Daemon, Pod, String) {
-    let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
-    let pod = daemon.pod(name);
-    let id = daemon.run_pod(&pod);
-    (daemon, pod, id)
-}
 
 /// A container that sleeps, with limits.
 fn limited(name: &str, resources: Value) -> Value {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use podvisor_tests::crictl::{Pod, container, shell};
+use podvisor_tests::crictl::{Pod, container, shell, with_such_pod};
 use podvisor_tests::daemon::Daemon;
 use podvisor_tests::logs;
 use podvisor_tests::registry::busybox;
@@ -11,12 +11,8 @@ use serde_json::{Value, json};
 
 /// A daemon with the busybox image and a pod, privileged or not.
 fn with_pod(name: &str, privileged: bool) -> (Daemon, Pod, String) {
-    let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
     let linux = json!({"security_context": {"privileged": privileged}});
-    let pod = daemon.pod(name).with("linux", linux);
-    let id = daemon.run_pod(&pod);
-    (daemon, pod, id)
+    with_such_pod(name, &linux)
 }
 
 /// A container's configuration with a security context.

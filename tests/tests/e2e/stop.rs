@@ -4,23 +4,13 @@ use std::thread;
 
 use nix::sys::signal::{Signal, kill};
 use podvisor_proto::cri;
-use podvisor_tests::crictl::{Pod, shell};
-use podvisor_tests::daemon::Daemon;
+use podvisor_tests::crictl::{shell, with_pod};
 use podvisor_tests::machine::Backend;
 use podvisor_tests::oci::Image;
 use podvisor_tests::registry::{Registry, busybox};
 use podvisor_tests::{eventually, logs};
 use serde_json::json;
 use tonic::Code;
-
-/// A daemon with the busybox image and a pod.
-fn with_pod(name: &str) -> (Daemon, Pod, String) {
-    let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
-    let pod = daemon.pod(name);
-    let id = daemon.run_pod(&pod);
-    (daemon, pod, id)
-}
 
 const STUBBORN: &str = "trap '' TERM INT HUP; echo ready; while :; do sleep 1; done";
 

@@ -120,7 +120,13 @@ mod tests {
         // meanwhile holds a copy of it until it executes.
         let dead = dir.path().join("sandboxes/b");
         std::fs::create_dir_all(&dead).unwrap();
-        mknod(&dead.join("monitor.sock"), SFlag::S_IFSOCK, Mode::S_IRWXU, 0).unwrap();
+        mknod(
+            &dead.join("monitor.sock"),
+            SFlag::S_IFSOCK,
+            Mode::S_IRWXU,
+            0,
+        )
+        .unwrap();
         let found = [resource("a"), resource("b"), resource("c"), resource("")];
         assert_eq!(
             with_monitor(dir.path(), &found).await,
