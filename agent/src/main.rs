@@ -26,6 +26,7 @@
 //! | [`rootfs`]        | a container's root: layers under an overlay                              |
 //! | [`in_root`]       | files of a container's root, opened without following it outside         |
 //! | [`user`]          | who a process runs as, by the image's own files                          |
+//! | [`user_namespace`]| which ids of the guest a pod's users are                                 |
 //! | [`oci`]           | the OCI runtime spec, as far as the agent carries it out                 |
 //! | [`spec`]          | fills in what the OCI spec leaves to the guest                           |
 //! | [`cgroup`]        | control groups of containers and execs                                   |
@@ -69,6 +70,7 @@ mod stdio;
 mod streams;
 mod sysctl;
 mod user;
+mod user_namespace;
 mod watch;
 
 /// First argument of the re-executed launcher.

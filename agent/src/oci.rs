@@ -222,6 +222,7 @@ pub enum NamespaceKind {
     Uts,
     Cgroup,
     Network,
+    User,
 }
 
 impl NamespaceKind {
@@ -234,6 +235,7 @@ impl NamespaceKind {
             Self::Uts => "uts",
             Self::Cgroup => "cgroup",
             Self::Network => "net",
+            Self::User => "user",
         }
     }
 }

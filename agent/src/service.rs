@@ -114,7 +114,12 @@ impl Agent for Service {
         &self,
         request: Request<ConfigureNetworkRequest>,
     ) -> Result<Response<ConfigureNetworkResponse>, Status> {
-        complete(async move { network::configure(request.get_ref()).await }).await?;
+        let pod = self.pod.clone();
+        complete(async move {
+            let namespace = pod.network_namespace().map_err(NetworkError::Namespace)?;
+            network::configure(request.get_ref(), namespace.as_ref()).await
+        })
+        .await?;
         Ok(Response::new(ConfigureNetworkResponse {}))
     }
 
@@ -228,7 +233,7 @@ impl ApiError {
             Self::Network(error) => match error {
                 NetworkError::Malformed { .. } | NetworkError::TooMany => Code::InvalidArgument,
                 NetworkError::NoInterface(_) => Code::NotFound,
-                NetworkError::Kernel { .. } => Code::Internal,
+                NetworkError::Kernel { .. } | NetworkError::Namespace(_) => Code::Internal,
             },
         }
     }
@@ -264,6 +269,7 @@ fn container_code(error: &ContainerError) -> Code {
         | ContainerError::Sandbox(
             SandboxError::NoScratch
             | SandboxError::Hostname
+            | SandboxError::UserNamespace
             | SandboxError::Sysctl(SysctlError::Name(_) | SysctlError::Set { .. })
             | SandboxError::Disk(DiskError::Segment { .. }),
         )

@@ -19,6 +19,7 @@ use crate::resources::check_cpus;
 use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
+use crate::user_namespace;
 use crate::volumes;
 
 /// For calls that the guest answers quickly when it answers at all. Longer than the monitor's own
@@ -74,7 +75,10 @@ impl Daemon {
         let volumes::Volumes {
             host: volumes,
             images: image_volumes,
-        } = volumes::parse(&config.mounts)?;
+        } = volumes::parse(
+            &config.mounts,
+            user_namespace::of_pod(&sandbox_config)?.as_ref(),
+        )?;
         let mut volume_images = Vec::with_capacity(image_volumes.len());
         for volume in &image_volumes {
             let found = self.images.resolve(&volume.image);

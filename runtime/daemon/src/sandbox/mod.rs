@@ -21,7 +21,7 @@ use crate::ids::{self, Reservation};
 use crate::monitor::{LaunchFds, Monitor};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
-use crate::{guest_config, inventory, vm_size};
+use crate::{guest_config, inventory, user_namespace, vm_size};
 use request::{port_mappings, validate};
 
 /// How long a monitor may take to end its VM after all containers are dead.
@@ -178,6 +178,7 @@ impl Daemon {
                 &config,
                 &network,
                 size.huge_pages,
+                user_namespace::of_pod(&config)?,
             )),
             network: Some(guest_config::network(&network)),
         };

@@ -51,7 +51,7 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
         name: name.into(),
         features: Some(cri::RuntimeHandlerFeatures {
             recursive_read_only_mounts: true,
-            ..Default::default()
+            user_namespaces: true,
         }),
     };
     let mut info = HashMap::new();

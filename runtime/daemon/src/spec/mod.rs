@@ -20,6 +20,7 @@ use oci_spec::runtime::{
 use podvisor_proto::{agent, cri};
 
 use crate::error::{Error, Result};
+use crate::user_namespace;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -139,7 +140,11 @@ pub fn build(
     let mut limits = resources::of(&resources)?;
     limits.set_devices(Some(surroundings.devices.rules));
     let mut linux = LinuxBuilder::default()
-        .namespaces(namespaces::of(&security, surroundings.target)?)
+        .namespaces(namespaces::of(
+            &security,
+            user_namespace::of_pod(surroundings.sandbox)?.as_ref(),
+            surroundings.target,
+        )?)
         .resources(limits)
         .devices(surroundings.devices.nodes)
         .masked_paths(hidden(&security, "masked_paths", &security.masked_paths)?)

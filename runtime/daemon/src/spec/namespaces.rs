@@ -5,6 +5,7 @@ use podvisor_proto::cri::{self, NamespaceMode};
 
 use super::build_error;
 use crate::error::{Error, Result};
+use crate::user_namespace;
 
 /// Namespace path that the agent replaces by the pod's own.
 const POD: &str = "pod";
@@ -12,24 +13,20 @@ const POD: &str = "pod";
 /// Namespace path, before an id, that the agent replaces by that container's own.
 const CONTAINER: &str = "container:";
 
-/// The namespaces. `target`: the container whose processes this one sees, when its pid mode is TARGET.
+/// The namespaces. `users`: the pod's map of users, if it has a user namespace. `target`: the container whose processes
+/// this one sees, when its pid mode is TARGET.
 ///
 /// # Errors
 /// FAILED_PRECONDITION for what only the host has, INVALID_ARGUMENT for modes that the CRI does not have.
 pub fn of(
     security: &cri::LinuxContainerSecurityContext,
+    users: Option<&cri::IdMapping>,
     target: Option<&str>,
 ) -> Result<Vec<LinuxNamespace>> {
     let options = security.namespace_options.clone().unwrap_or_default();
     pod_level("network", options.network(), "the host's network")?;
     pod_level("ipc", options.ipc(), "the host's IPC objects")?;
-    let users = options.userns_options.clone().unwrap_or_default();
-    if !users.uids.is_empty() || !users.gids.is_empty() {
-        return Err(Error::Unsupported {
-            field: "config.linux.security_context.namespace_options.userns_options",
-            what: "a user namespace".into(),
-        });
-    }
+    user_namespace::check_container(&options, users)?;
     let pids = match (options.pid(), target) {
         (NamespaceMode::Pod, _) => Some(POD.to_owned()),
         (NamespaceMode::Container, _) => None,
@@ -43,24 +40,32 @@ pub fn of(
         }
     };
     let pod = || Some(POD.to_owned());
-    [
+    let mut namespaces = vec![
         (LinuxNamespaceType::Mount, None),
         (LinuxNamespaceType::Pid, pids),
         (LinuxNamespaceType::Ipc, pod()),
         (LinuxNamespaceType::Uts, pod()),
         (LinuxNamespaceType::Cgroup, None),
-    ]
-    .into_iter()
-    .map(|(kind, path)| {
-        let namespace = LinuxNamespaceBuilder::default().typ(kind);
-        match path {
-            Some(path) => namespace.path(path),
-            None => namespace,
-        }
-        .build()
-        .map_err(build_error)
-    })
-    .collect()
+    ];
+    if users.is_some() {
+        // The user namespace owns the pod's network; without, the pod's is the guest's.
+        namespaces.extend([
+            (LinuxNamespaceType::User, pod()),
+            (LinuxNamespaceType::Network, pod()),
+        ]);
+    }
+    let namespaces = namespaces.into_iter();
+    namespaces
+        .map(|(kind, path)| {
+            let namespace = LinuxNamespaceBuilder::default().typ(kind);
+            match path {
+                Some(path) => namespace.path(path),
+                None => namespace,
+            }
+            .build()
+            .map_err(build_error)
+        })
+        .collect()
 }
 
 /// A namespace that all containers of a pod share.
@@ -95,7 +100,7 @@ mod tests {
                 namespace_options: Some(options),
                 ..Default::default()
             };
-            of(&context, Some("abc")).map(|list| {
+            of(&context, None, Some("abc")).map(|list| {
                 let pid = list.iter().find(|n| n.typ() == LinuxNamespaceType::Pid);
                 pid.unwrap().path().clone()
             })

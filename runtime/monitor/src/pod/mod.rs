@@ -289,13 +289,20 @@ impl Pod {
         let mut sandbox = request.sandbox.unwrap_or_default();
         sandbox.scratch = Some(self.scratch);
         sandbox.time_ns = start_ns;
+        // Its network namespace comes with the sandbox.
+        let in_turn = sandbox.user_namespace.is_some();
         let network = async {
             match request.network {
                 Some(network) => agent.configure_network(network).await,
                 None => Ok(()),
             }
         };
-        tokio::try_join!(agent.configure_sandbox(sandbox), network)?;
+        if in_turn {
+            agent.configure_sandbox(sandbox).await?;
+            network.await?;
+        } else {
+            tokio::try_join!(agent.configure_sandbox(sandbox), network)?;
+        }
         self.add_phase("configure", start_ns, now_ns());
         self.state.update(|snapshot| {
             // The VM may have ended meanwhile.
