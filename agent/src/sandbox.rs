@@ -204,11 +204,6 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Whether [`Self::configure`] has been through.
-    pub fn is_configured(&self) -> bool {
-        self.configured.is_some()
-    }
-
     /// The pod's host name.
     pub fn hostname(&self) -> Result<&str, SandboxError> {
         self.configured

@@ -256,9 +256,7 @@ fn container_code(error: &ContainerError) -> Code {
         ContainerError::Id(_)
         | ContainerError::Invalid(_)
         | ContainerError::Spec(_)
-        | ContainerError::Seccomp(
-            SeccompFilterError::Compile(_) | SeccompFilterError::TooLarge(_),
-        )
+        | ContainerError::Seccomp(SeccompFilterError::Length(_) | SeccompFilterError::Flags(_))
         | ContainerError::Resources(ResourcesError::Inconsistent(_) | ResourcesError::NoFile(_))
         | ContainerError::User(
             UserError::NoUser(_)

@@ -241,7 +241,7 @@ fn write_bundle(
     let manages_cgroup = spec.manages_cgroup();
     let pod_pids = spec.shares(NamespaceKind::Pid);
     let pid_target = spec.pid_target().map(str::to_owned);
-    let CompleteSpec { mut spec, devices } = spec.complete(
+    let CompleteSpec { spec, devices } = spec.complete(
         rootfs.path(),
         &image_volumes(&request.id),
         &account,
@@ -250,11 +250,10 @@ fn write_bundle(
 
     let bundle = bundle(&request.id);
     resources::check(&spec.linux.resources)?;
-    let seccomp = spec
-        .linux
+    let seccomp = request
         .seccomp
-        .take()
-        .map(|profile| StoredFilter::compile(&profile, bundle.join("seccomp.bpf")))
+        .as_ref()
+        .map(|filter| StoredFilter::store(filter, bundle.join("seccomp.bpf")))
         .transpose()?;
     serde_json::to_vec(&spec)
         .map_err(io::Error::from)

@@ -297,11 +297,12 @@ impl Pod {
         let ids = sandbox::id_map(&request)?;
         let mut assembly = Arc::clone(&self.0.assembly).lock_owned().await;
         if let Some(ids) = ids
-            && !assembly.sandbox.is_configured()
+            && self.0.network_namespace.get().is_none()
         {
             self.0.launcher.make_namespaces(ids).await?;
             let namespace = fs::File::open(files::namespace("net"));
             let namespace = namespace.map_err(kernel("opening the pod's network namespace"))?;
+            // Nobody else has set it: the assembly is locked.
             let _ = self.0.network_namespace.set(namespace);
         }
         let (sender, configured) = oneshot::channel();

@@ -4,7 +4,7 @@
 //! names there.
 
 use std::collections::HashMap;
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -60,15 +60,16 @@ pub fn prepare(spec: &Spec, ids: IdMap) -> Result<Prepared, Failure> {
     let mut device_directory = None;
     for (place, mount) in spec.mounts.iter().enumerate() {
         let mut options = Options::parse(mount.options.iter().map(String::as_str));
+        let is_devices = mount.destination == Path::new(DEVICE_DIRECTORY);
         match mount.kind.as_str() {
-            "bind" | "sysfs" => {}
-            "tmpfs" if mount.destination == Path::new(DEVICE_DIRECTORY) => {
+            "sysfs" => {}
+            "tmpfs" if is_devices => {
                 let owner = ids.root();
-                options
-                    .data
-                    .extend([format!("uid={owner}"), format!("gid={owner}")]);
+                let data = [format!("uid={owner}"), format!("gid={owner}")];
+                options.data.extend(data);
                 device_directory = Some(place);
             }
+            _ if is_bind(mount, &options) => {}
             _ => continue,
         }
         let made = new_mount(mount, &options).map_err(|error| cannot_mount(mount, &error))?;
@@ -159,9 +160,13 @@ fn add(root: &Root, spec: &oci::Mount, prepared: Option<Mount>) -> Result<(), Mo
     Ok(mount.attach(place.as_fd())?)
 }
 
+fn is_bind(spec: &oci::Mount, options: &Options) -> bool {
+    options.bind || spec.kind == "bind"
+}
+
 /// The mount of a spec, nowhere yet.
 fn new_mount(spec: &oci::Mount, options: &Options) -> Result<Mount, MountError> {
-    let mount = if options.bind || spec.kind == "bind" {
+    let mount = if is_bind(spec, options) {
         let source = spec.source.as_deref().ok_or(Errno::EINVAL)?;
         // A path of the agent's own, or one below it that the host names: links are followed.
         let source = open(source, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
@@ -237,6 +242,13 @@ fn add_devices(
     for (name, target) in LINKS {
         present(symlinkat(target, directory, name))?;
     }
+    if let Some(ids) = ids {
+        let devices = DEVICES.iter().map(|(name, ..)| name);
+        for name in devices.chain(LINKS.iter().map(|(name, _)| name)) {
+            let root = Some(ids.root());
+            give(directory, OsStr::new(name), (root, root))?;
+        }
+    }
     umask(previous);
     Ok(())
 }
@@ -262,17 +274,19 @@ fn add_device(root: &Root, path: &Path, device: &Device, ids: Option<IdMap>) -> 
             ids.outside(device.gid.unwrap_or_default()),
         ),
     };
-    let owner = (owner.0.map(Uid::from_raw), owner.1.map(Gid::from_raw));
-    if owner != (None, None) {
-        fchownat(
-            &parent,
-            name,
-            owner.0,
-            owner.1,
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        )?;
-    }
-    Ok(())
+    give(&parent, name, owner)
+}
+
+/// Gives a device to a user and a group.
+fn give(directory: impl AsFd, name: &OsStr, owner: (Option<u32>, Option<u32>)) -> io::Result<()> {
+    let (user, group) = (owner.0.map(Uid::from_raw), owner.1.map(Gid::from_raw));
+    Ok(fchownat(
+        directory,
+        name,
+        user,
+        group,
+        AtFlags::AT_SYMLINK_NOFOLLOW,
+    )?)
 }
 
 /// What exists already is as good.

@@ -72,6 +72,7 @@ impl Daemon {
             target: target.as_deref(),
         };
         let mut built = spec::build(&config, surroundings)?;
+        let seccomp = spec::seccomp::take_filter(&mut built.spec).await?;
         let volumes::Volumes {
             host: volumes,
             images: image_volumes,
@@ -140,6 +141,7 @@ impl Daemon {
             terminal: config.tty,
             log_fd_token: send_log(&monitor, &record.log_path).await?,
             guest_devices: built.guest_devices,
+            seccomp,
             volumes_fd_token: Vec::new(),
             image_volumes: sent_volumes,
             block_devices,

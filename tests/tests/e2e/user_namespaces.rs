@@ -85,35 +85,46 @@ fn a_container_is_root_of_its_pod_alone() {
     let rig = Rig::new("users", false);
     let c = rig.waiting("c", json!({}));
     let line = format!("0 {HOST} {LENGTH}");
-    let maps = rig.sh(&c, "cat /proc/self/uid_map /proc/1/gid_map | tr -s ' ' | sed 's/^ //'");
+    let maps = rig.sh(
+        &c,
+        "cat /proc/self/uid_map /proc/1/gid_map | tr -s ' ' | sed 's/^ //'",
+    );
     assert_eq!(maps, format!("{line}\n{line}"));
 
     // The image's files, the pod's, and devices belong to whom the image says.
-    let root = "/ /bin/busybox /etc /etc/hosts /etc/hostname /etc/resolv.conf /dev /dev/null /dev/pts /dev/shm /proc/self";
-    let owners = rig.sh(&c, &format!("stat -c '%u:%g' {root} | sort -u"));
-    assert_eq!(owners, "0:0");
+    let root = "/ /bin/busybox /etc /etc/hosts /etc/hostname /etc/resolv.conf /dev /dev/null /dev/pts /dev/shm /dev/fd /proc/self/fd/";
+    let script = format!("stat -c '%u:%g %n' {root} | grep -v '^0:0 ' || echo all");
+    assert_eq!(rig.sh(&c, &script), "all");
     assert_eq!(rig.sh(&c, "stat -c '%u:%g' /home/user"), "1000:1000");
     let script = "echo x >/home/user/file && chown 1000:50000 /home/user/file && stat -c '%u:%g' /home/user /home/user/file
         echo x >>/etc/hosts && echo x >/dev/null && echo x >/dev/shm/x && echo written";
     assert_eq!(rig.sh(&c, script), "1000:1000\n1000:50000\nwritten");
     // Nobody else's ids.
-    let script = format!("chown {LENGTH} /tmp 2>&1; mknod /tmp/disk b 254 0 2>&1; echo 1 2>&1 >/proc/sys/kernel/panic");
-    let refused = rig.daemon.exec(&c, &["sh", "-c", &format!("{script}; true")]);
+    let script = format!(
+        "chown {LENGTH} /tmp 2>&1; mknod /tmp/disk b 254 0 2>&1; echo 1 2>&1 >/proc/sys/kernel/panic"
+    );
+    let refused = rig
+        .daemon
+        .exec(&c, &["sh", "-c", &format!("{script}; true")]);
     for word in ["Invalid argument", "not permitted", "ermission denied"] {
         assert!(refused.contains(word), "{refused}");
     }
 
     // Both containers of the pod are in one user namespace, and what enters later, too.
-    let other = rig.waiting("other", json!({"run_as_user": {"value": 1000}}));
+    let confined = json!({"run_as_user": {"value": 1000}, "no_new_privs": true, "readonly_rootfs": true, "seccomp": {"profile_type": 0},
+        "masked_paths": ["/proc/timer_list", "/proc/scsi"], "readonly_paths": ["/proc/sys", "/proc/bus"]});
+    let other = rig.waiting("other", confined);
     let namespaces = |container: &str| {
-        rig.sh(
-            container,
-            "readlink /proc/self/ns/user /proc/1/ns/user /proc/self/ns/net /proc/self/ns/ipc | sort -u | wc -l; readlink /proc/self/ns/user",
-        )
+        let script = "for n in user net ipc uts; do readlink /proc/self/ns/$n; done";
+        rig.sh(container, script)
     };
-    assert!(namespaces(&c).starts_with("3\n"), "{}", namespaces(&c));
     assert_eq!(namespaces(&c), namespaces(&other));
-    assert_eq!(rig.sh(&other, "id -u; cat /dev/shm/x; echo new >/dev/stderr; kill -0 1 && echo own"), "1000\nx\nown");
+    let script = "id -u; cat /dev/shm/x /proc/timer_list; echo new >/dev/stderr; grep -h Seccomp: /proc/self/status
+        touch /new 2>&1; echo x 2>&1 >/proc/sys/kernel/domainname; true";
+    let said = rig.sh(&other, script);
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines[..3], ["1000", "x", "Seccomp:\t2"], "{said}");
+    assert_eq!(said.matches("Read-only file system").count(), 2, "{said}");
 
     let status = rig.daemon.inspect_pod(&rig.id);
     let options = &status["linux"]["namespaces"]["options"]["usernsOptions"];
@@ -128,11 +139,10 @@ fn its_namespaces_are_its_own_to_configure() {
     let context = json!({"capabilities": {"add_capabilities": ["SYS_ADMIN", "NET_ADMIN"]},
         "namespace_options": {"pid": 0}});
     let script = format!(
-        "mkdir /www; echo hello >/www/index.html; httpd -p 80 -h /www
-        mount -t tmpfs none /mnt 2>&1 || {{ mkdir /mnt; mount -t tmpfs none /mnt; }} && echo mounted
-        hostname renamed && ip link add dummy7 type dummy && ip addr add 10.9.8.7/32 dev lo && echo configured
-        echo 77 >/proc/sys/net/core/somaxconn; cat /proc/sys/net/core/somaxconn
-        ls /sys/class/net | tr '\\n' ' '; echo; {WAITS}"
+        "mkdir /mnt /www; echo hello >/www/index.html
+        mount -t tmpfs none /mnt && echo mounted; hostname renamed && echo named
+        ip link add bridge7 type bridge && ip addr add 10.9.8.7/32 dev lo && echo configured
+        echo 77 >/proc/sys/net/core/somaxconn && echo written; httpd -p 80 -h /www; {WAITS}"
     );
     let mut config = Rig::config("c", &script, context);
     config["linux"]["security_context"]["readonly_paths"] = json!([]);
@@ -146,13 +156,15 @@ fn its_namespaces_are_its_own_to_configure() {
     });
     assert_eq!(body, b"hello\n");
     let addresses = rig.sh(&c, "ip -o addr");
-    assert!(addresses.contains(ip) && addresses.contains("10.9.8.7/32"), "{addresses}");
-    let out = logs::stdout(&rig.pod.log("c")).join("\n");
-    for word in ["mounted", "configured", "77"] {
-        assert!(out.contains(word), "no {word}: {out}");
-    }
-    assert!(out.contains("eth0 lo"), "{out}");
-    assert_eq!(rig.sh(&c, "hostname"), "renamed");
+    let has = |address: &str| addresses.contains(address);
+    assert!(has(ip) && has("10.9.8.7/32"), "{addresses}");
+    let out = logs::stdout(&rig.pod.log("c"));
+    assert_eq!(out, ["mounted", "named", "configured", "written"]);
+    let said = rig.sh(
+        &c,
+        "hostname; cat /proc/sys/net/core/somaxconn; ls /sys/class/net",
+    );
+    assert_eq!(said, "renamed\n77\nbridge7\neth0\nlo");
 }
 
 /// Says who it is: its effective user, and its effective capabilities.
@@ -197,49 +209,83 @@ fn programs_change_who_runs_them() {
 }
 
 #[test]
-fn volumes_belong_to_whom_they_are_mapped() {
-    let rig = Rig::new("volumes", false);
+fn a_volume_without_a_map_has_the_nodes_ids() {
+    let rig = Rig::new("plain", false);
+    let plain = rig.dir.join("plain");
+    fs::create_dir(&plain).expect("a fresh directory");
+    fs::set_permissions(&plain, fs::Permissions::from_mode(0o777)).expect("chmod");
+    fs::write(plain.join("known"), "x").expect("writes");
+    chown(
+        &plain.join("known"),
+        Some(HOST.into()),
+        Some((HOST + 7).into()),
+    )
+    .expect("chown");
+    let mut config = Rig::config("c", WAITS, json!({}));
+    config["mounts"] = json!([{"host_path": plain, "container_path": "/plain"}]);
+    let c = rig.start(&config);
+    let script =
+        "stat -c '%u:%g' /plain /plain/known; echo x >/plain/new; stat -c '%u:%g' /plain/new";
+    assert_eq!(rig.sh(&c, script), "65534:65534\n0:7\n0:0");
+    assert_eq!(owner(&plain.join("new")), (HOST, HOST));
+}
+
+/// A volume with the pod's map.
+fn mapped(host: &Path, container: &str) -> Value {
+    json!({"host_path": host, "container_path": container, "uidMappings": mapping(), "gidMappings": mapping()})
+}
+
+/// Whether the node maps the ids of a directory for temporary files, which may be on a tmpfs.
+fn node_maps_ids() -> bool {
+    let release = nix::sys::utsname::uname().expect("uname");
+    let release = release.release().to_str().expect("ASCII").to_owned();
+    let mut numbers = release.split('.').map(|part| part.parse().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(6), Some(3))
+}
+
+#[test]
+fn a_mapped_volume_has_the_same_ids_on_both_sides() {
+    let rig = Rig::new("mapped", false);
     let data = rig.dir.join("data");
     fs::create_dir(&data).expect("a fresh directory");
     fs::write(data.join("roots"), "r").expect("writes");
     fs::set_permissions(data.join("roots"), fs::Permissions::from_mode(0o600)).expect("chmod");
     fs::write(data.join("users"), "u").expect("writes");
-    let (uid, gid) = (1000, 50_000);
-    chown(&data.join("users"), Some(uid.into()), Some(gid.into())).expect("chown");
-    let plain = rig.dir.join("plain");
-    fs::create_dir(&plain).expect("a fresh directory");
-    fs::set_permissions(&plain, fs::Permissions::from_mode(0o777)).expect("chmod");
-    fs::write(plain.join("roots"), "r").expect("writes");
-    chown(&plain.join("roots"), Some(HOST.into()), Some((HOST + 7).into())).expect("chown");
+    chown(&data.join("users"), Some(1000.into()), Some(50_000.into())).expect("chown");
+    let group = data.join("group");
+    fs::create_dir(&group).expect("a fresh directory");
+    chown(&group, None, Some(7.into())).expect("chown");
+    fs::set_permissions(&group, fs::Permissions::from_mode(0o2770)).expect("chmod");
 
     let mut config = Rig::config("c", WAITS, json!({}));
-    config["mounts"] = json!([
-        {"host_path": data, "container_path": "/mapped", "uidMappings": mapping(), "gidMappings": mapping()},
-        {"host_path": plain, "container_path": "/plain"},
-    ]);
+    config["mounts"] = json!([mapped(&data, "/v")]);
+    if !node_maps_ids() {
+        let ran = rig.daemon.try_create(&rig.id, &rig.pod, &config);
+        let message = ran.failed("FailedPrecondition");
+        assert!(message.contains("cannot map ids"), "{message}");
+        return;
+    }
     let c = rig.start(&config);
-    // With maps, files have the same owners on both sides.
-    let script = "stat -c '%u:%g' /mapped /mapped/roots /mapped/users; cat /mapped/roots
-        echo x >/mapped/new; echo x >/mapped/given; chown 1000:7 /mapped/given; mkdir /mapped/dir; ln -s x /mapped/link; stat -c '%u:%g' /mapped/given";
+    let script = "stat -c '%u:%g' /v /v/roots /v/users; cat /v/roots
+        cd /v; echo x >new; echo x >given; chown 1000:7 given; mkdir dir; ln -s x link; stat -c '%u:%g' given";
     assert_eq!(rig.sh(&c, script), "0:0\n0:0\n1000:50000\nr1000:7");
-    for (name, ids) in [("new", (0, 0)), ("given", (1000, 7)), ("dir", (0, 0)), ("link", (0, 0))] {
+    for (name, ids) in [
+        ("new", (0, 0)),
+        ("given", (1000, 7)),
+        ("dir", (0, 0)),
+        ("link", (0, 0)),
+    ] {
         assert_eq!(owner(&data.join(name)), ids, "{name}");
     }
-    // Without, the node sees the ids that the pod has there.
-    let script = "stat -c '%u:%g' /plain /plain/roots; echo x >/plain/new; stat -c '%u:%g' /plain/new";
-    assert_eq!(rig.sh(&c, script), "65534:65534\n0:7\n0:0");
-    assert_eq!(owner(&plain.join("new")), (HOST, HOST));
 
     // A user, and its groups (fsGroup).
     let context = json!({"run_as_user": {"value": 1000}, "run_as_group": {"value": 2000}, "supplemental_groups": [7]});
     let mut config = Rig::config("user", WAITS, context);
-    config["mounts"] = json!([{"host_path": data, "container_path": "/v", "uidMappings": mapping(), "gidMappings": mapping()}]);
-    fs::create_dir(data.join("group")).expect("a fresh directory");
-    chown(&data.join("group"), None, Some(7.into())).expect("chown");
-    fs::set_permissions(data.join("group"), fs::Permissions::from_mode(0o2770)).expect("chmod");
+    config["mounts"] = json!([mapped(&data, "/v")]);
     let user = rig.start(&config);
-    assert_eq!(rig.sh(&user, "cat /v/roots 2>/dev/null; cat /v/given; echo x >/v/group/file"), "x");
-    assert_eq!(owner(&data.join("group/file")), (1000, 7));
+    let script = "cat /v/roots 2>/dev/null; cat /v/given; echo x >/v/group/file";
+    assert_eq!(rig.sh(&user, script), "x");
+    assert_eq!(owner(&group.join("file")), (1000, 7));
     rig.daemon.remove_pods();
     rig.daemon.assert_nothing_left();
 }
@@ -252,12 +298,18 @@ fn images_are_volumes_with_the_pods_ids() {
         "uidMappings": mapping(), "gidMappings": mapping()});
     config["mounts"] = json!([image]);
     let c = rig.start(&config);
-    assert_eq!(rig.sh(&c, "stat -c '%u:%g' /image/bin /image/home/user"), "0:0\n1000:1000");
+    assert_eq!(
+        rig.sh(&c, "stat -c '%u:%g' /image/bin /image/home/user"),
+        "0:0\n1000:1000"
+    );
     config["metadata"]["name"] = json!("refused");
     config["mounts"][0]["uidMappings"][0]["host_id"] = json!(1);
     let ran = rig.daemon.try_create(&rig.id, &rig.pod, &config);
     let message = ran.failed("InvalidArgument");
-    assert!(message.contains("config.mounts[0].uidMappings"), "{message}");
+    assert!(
+        message.contains("config.mounts[0].uidMappings"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -269,14 +321,27 @@ fn privileged_is_all_that_its_root_can_be() {
         mkdir /sys/fs/cgroup/own && echo delegated
         stat -c '%u' /sys/fs/cgroup/memory.max; echo 1 2>&1 >/proc/sys/kernel/panic || true";
     let out = rig.sh(&c, script);
-    for word in ["000001ffffffffff", "disk", "mounted", "delegated", "65534", "ermission denied"] {
+    for word in [
+        "000001ffffffffff",
+        "disk",
+        "mounted",
+        "delegated",
+        "65534",
+        "ermission denied",
+    ] {
         assert!(out.contains(word), "no {word}: {out}");
     }
-    let mut tty = Rig::config("tty", "tty; ls -l /dev/console | cut -c1; stat -c %u $(tty)", json!({"run_as_user": {"value": 1000}}));
+    let mut tty = Rig::config(
+        "tty",
+        "tty; ls -l /dev/console | cut -c1; stat -c %u $(tty)",
+        json!({"run_as_user": {"value": 1000}}),
+    );
     tty["tty"] = json!(true);
     let terminal = rig.start(&tty);
     rig.daemon.cri().wait_exit(&terminal);
-    let said = logs::stdout(&rig.pod.log("tty")).join("\n").replace('\r', "");
+    let said = logs::stdout(&rig.pod.log("tty"))
+        .join("\n")
+        .replace('\r', "");
     assert_eq!(said, "/dev/pts/0\nc\n1000");
 }
 

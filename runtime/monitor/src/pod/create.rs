@@ -157,6 +157,7 @@ impl Pod {
                     .collect(),
                 block_devices: block_devices.clone(),
                 guest_devices: request.guest_devices,
+                seccomp: request.seccomp.clone(),
             })
             .await;
         match created {
