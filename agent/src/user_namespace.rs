@@ -10,9 +10,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::sandbox::files;
 
-/// Not an id (`(uid_t) -1`, credentials(7)).
-const NO_ID: u32 = u32::MAX;
-
 /// Ids of a user namespace, from 0 on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdMap {
@@ -29,7 +26,8 @@ impl IdMap {
             host_id,
             length,
         } = mapping;
-        let ends = host_id.checked_add(length).is_some_and(|end| end <= NO_ID);
+        // The highest number is no id (`(uid_t) -1`, credentials(7)).
+        let ends = host_id.checked_add(length).is_some();
         (container_id == 0 && length > 0 && ends).then_some(Self {
             first: host_id,
             length,

@@ -4,9 +4,6 @@ use podvisor_proto::cri::{self, NamespaceMode};
 
 use crate::error::{Error, Result};
 
-/// Not an id (`(uid_t) -1`, credentials(7)).
-const NO_ID: u32 = u32::MAX;
-
 /// What a pod asks for: the one map of its users, which is that of its groups; none, when it asks for no user namespace.
 ///
 /// # Errors
@@ -73,11 +70,8 @@ fn parse(users: &cri::UserNamespace) -> Result<Option<cri::IdMapping>> {
 /// # Errors
 /// The reason.
 pub fn check(mapping: &cri::IdMapping) -> std::result::Result<(), &'static str> {
-    let ends = |first: u32| {
-        first
-            .checked_add(mapping.length)
-            .is_some_and(|end| end <= NO_ID)
-    };
+    // The highest number is no id (`(uid_t) -1`, credentials(7)).
+    let ends = |first: u32| first.checked_add(mapping.length).is_some();
     if mapping.length == 0 {
         Err("nothing is mapped")
     } else if ends(mapping.host_id) && ends(mapping.container_id) {

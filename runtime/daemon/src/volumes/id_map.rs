@@ -1,6 +1,7 @@
 //! Volumes whose files have other ids in the pod than on the node (CRI `uidMappings`, `gidMappings`): an id-mapped mount
 //! (mount_setattr(2)), made on the node, as runc does it.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -48,7 +49,8 @@ impl IdMap {
                     container_id,
                     length,
                 } = mapping;
-                text += &format!("{container_id} {host_id} {length}\n");
+                // Writing to a String cannot fail.
+                let _ = writeln!(text, "{container_id} {host_id} {length}");
             }
             Ok(text)
         };
@@ -123,9 +125,8 @@ impl Sleeper {
     fn join(self) -> io::Result<()> {
         loop {
             match waitpid(self.0, Some(WaitPidFlag::empty())) {
-                Err(Errno::EINTR) => {}
                 Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => return Ok(()),
-                Ok(_) => {}
+                Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
