@@ -259,7 +259,7 @@ impl Disk {
         if let Some(user_namespace) = &self.user_namespace {
             mount.map_ids(user_namespace.as_fd())?;
         }
-        Ok(mount.attach_at(target)?)
+        mount.attach_at(target)
     }
 
     fn unmount_layer(&mut self, range: Range, number: u32) -> Result<(), DiskError> {

@@ -229,14 +229,13 @@ fn write_bundle(
 ) -> Result<Container, ContainerError> {
     let root = Root::new(rootfs.path()).map_err(kernel("opening the root file system"))?;
     let account = user::resolve(&root, request.user.as_ref().unwrap_or(&User::default()))?;
-    match ids {
-        // As other runtimes do: a working directory that the image lacks is made.
-        None => drop(
-            root.directory(spec.cwd())
-                .map_err(kernel("making the working directory"))?,
-        ),
-        // Here by the container's root, when it starts.
-        Some(ids) => check_ids(&account.ids, ids)?,
+    if let Some(ids) = ids {
+        check_ids(&account.ids, ids)?;
+    } else {
+        // As other runtimes do: a working directory that the image lacks is made. In a user namespace by the container's
+        // root, when it starts.
+        root.directory(spec.cwd())
+            .map_err(kernel("making the working directory"))?;
     }
     let manages_cgroup = spec.manages_cgroup();
     let pod_pids = spec.shares(NamespaceKind::Pid);

@@ -59,17 +59,14 @@ pub fn run(
         flags: (own & !CloneFlags::CLONE_NEWCGROUP).bits() as u64 | libc::CLONE_PARENT as u64,
         ..CloneArguments::default()
     };
-    let prepared = match request.ids {
-        Some(ids) => {
-            let prepared = view::prepare(&spec, ids)?;
-            user_namespace::enter()?;
-            prepared
-        }
-        None => {
-            arguments.flags |= CLONE_INTO_CGROUP;
-            arguments.cgroup = cgroup.as_raw_fd() as u64;
-            Prepared::default()
-        }
+    let prepared = if let Some(ids) = request.ids {
+        let prepared = view::prepare(&spec, ids)?;
+        user_namespace::enter()?;
+        prepared
+    } else {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = cgroup.as_raw_fd() as u64;
+        Prepared::default()
     };
     // SAFETY: a helper has one thread.
     match unsafe { arguments.clone() }
