@@ -38,6 +38,11 @@ pub fn command(binary: &Path, dir: &Path, launch: &Launch, log: Stdio) -> Comman
     command
         .arg(dir)
         .env_clear()
+        // Where an OCI runtime, and what that may run, is.
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
         .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())

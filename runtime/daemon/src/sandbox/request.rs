@@ -41,11 +41,11 @@ pub fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>>
         .collect()
 }
 
-/// Refuses what contradicts the CRI and what a VM cannot give, with the field's path.
+/// Refuses what contradicts the CRI, with the field's path.
 ///
 /// # Errors
-/// INVALID_ARGUMENT, FAILED_PRECONDITION.
-pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result<()> {
+/// INVALID_ARGUMENT.
+pub fn validate(config: &cri::PodSandboxConfig) -> Result<()> {
     let invalid = |field, problem: &str| {
         Err(Error::Invalid {
             field,
@@ -64,12 +64,6 @@ pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result
             return invalid(field, "must not be empty");
         }
     }
-    if !matches!(runtime_handler, "" | "podvisor") {
-        return Err(Error::Invalid {
-            field: "runtime_handler",
-            problem: format!("no handler {runtime_handler:?} here; there is \"podvisor\""),
-        });
-    }
     port_mappings(config)?;
     if config.hostname.len() > 64 {
         return invalid("config.hostname", "longer than 64 bytes");
@@ -78,10 +72,21 @@ pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result
     for (name, value) in &linux.sysctls {
         sysctl(name, value)?;
     }
-    let options = linux
-        .security_context
-        .and_then(|context| context.namespace_options)
-        .unwrap_or_default();
+    Ok(())
+}
+
+fn namespace_options(config: &cri::PodSandboxConfig) -> cri::NamespaceOption {
+    let linux = config.linux.clone().unwrap_or_default();
+    let security = linux.security_context.unwrap_or_default();
+    security.namespace_options.unwrap_or_default()
+}
+
+/// Refuses what a VM cannot give.
+///
+/// # Errors
+/// FAILED_PRECONDITION; INVALID_ARGUMENT for user namespaces that the CRI does not have.
+pub fn for_a_vm(config: &cri::PodSandboxConfig) -> Result<()> {
+    let options = namespace_options(config);
     for (field, mode, what) in [
         ("network", options.network(), "the host's network"),
         ("pid", options.pid(), "the host's processes"),
@@ -94,6 +99,20 @@ pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result
         }
     }
     user_namespace::of_pod(config).map(drop)
+}
+
+/// Refuses what pods on the host do not have.
+///
+/// # Errors
+/// UNIMPLEMENTED; INVALID_ARGUMENT for user namespaces that the CRI does not have.
+pub fn for_the_host(config: &cri::PodSandboxConfig) -> Result<()> {
+    match user_namespace::of_pod(config)? {
+        None => Ok(()),
+        Some(_) => Err(Error::Unsupported {
+            field: "config.linux.security_context.namespace_options.userns_options",
+            what: "a user namespace on the host".into(),
+        }),
+    }
 }
 
 /// Sysctls of the namespaces that a pod has of its own, as runc knows them: ipc, network, and of uts the
@@ -153,15 +172,12 @@ mod tests {
 
     #[test]
     fn the_field_that_is_wrong_is_named() {
-        validate(&valid(), "").unwrap();
-        validate(&valid(), "podvisor").unwrap();
-        let error = validate(&valid(), "gvisor").unwrap_err().to_string();
-        assert!(error.contains("runtime_handler"), "{error}");
-        let error = validate(&cri::PodSandboxConfig::default(), "").unwrap_err();
+        validate(&valid()).unwrap();
+        let error = validate(&cri::PodSandboxConfig::default()).unwrap_err();
         assert!(error.to_string().contains("config.metadata"), "{error}");
         let mut config = valid();
         config.metadata.as_mut().unwrap().uid.clear();
-        let error = validate(&config, "").unwrap_err().to_string();
+        let error = validate(&config).unwrap_err().to_string();
         assert!(error.contains("config.metadata.uid"), "{error}");
     }
 
@@ -178,7 +194,7 @@ mod tests {
             }),
             ..Default::default()
         });
-        let error = validate(&config, "").unwrap_err();
+        let error = for_a_vm(&config).unwrap_err();
         assert!(matches!(error, Error::Precondition(_)), "{error}");
     }
 
@@ -190,7 +206,7 @@ mod tests {
                 sysctls: [(name.to_owned(), value.to_owned())].into(),
                 ..Default::default()
             });
-            validate(&config, "")
+            validate(&config)
         };
         for name in [
             "kernel.shm_rmid_forced",
@@ -218,6 +234,38 @@ mod tests {
     }
 
     #[test]
+    fn a_user_namespace_needs_a_vm() {
+        let ids = vec![cri::IdMapping {
+            host_id: 100_000,
+            container_id: 0,
+            length: 65536,
+        }];
+        let users = cri::UserNamespace {
+            mode: cri::NamespaceMode::Pod as i32,
+            uids: ids.clone(),
+            gids: ids,
+        };
+        let mut config = valid();
+        config.linux = Some(cri::LinuxPodSandboxConfig {
+            security_context: Some(cri::LinuxSandboxSecurityContext {
+                namespace_options: Some(cri::NamespaceOption {
+                    userns_options: Some(users),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        for_a_vm(&config).unwrap();
+        let refused = for_the_host(&config);
+        assert!(
+            matches!(refused, Err(Error::Unsupported { .. })),
+            "{refused:?}"
+        );
+        for_the_host(&valid()).unwrap();
+    }
+
+    #[test]
     fn ports_are_checked() {
         let mut config = valid();
         let mapping = |host_port, container_port, host_ip: &str| cri::PortMapping {
@@ -238,7 +286,7 @@ mod tests {
             mapping(1, 1, "host"),
         ] {
             config.port_mappings = vec![bad];
-            assert!(matches!(validate(&config, ""), Err(Error::Invalid { .. })));
+            assert!(matches!(validate(&config), Err(Error::Invalid { .. })));
         }
     }
 }

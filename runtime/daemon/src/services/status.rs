@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::config::CgroupDriver;
 use crate::daemon::Daemon;
+use crate::handlers;
 use crate::pod::{Container, Pod};
 
 pub fn version() -> cri::VersionResponse {
@@ -47,13 +48,21 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
                 .map(|error| ("NetworkPluginNotReady", error.to_string())),
         ),
     ];
+    let features = |in_vm: bool| cri::RuntimeHandlerFeatures {
+        recursive_read_only_mounts: true,
+        user_namespaces: in_vm,
+    };
     let handler = |name: &str| cri::RuntimeHandler {
         name: name.into(),
-        features: Some(cri::RuntimeHandlerFeatures {
-            recursive_read_only_mounts: true,
-            user_namespaces: true,
-        }),
+        features: Some(features(handlers::is_vm(name))),
     };
+    let default = cri::RuntimeHandler {
+        name: String::new(),
+        features: Some(features(handlers::is_vm(&daemon.config.default_handler))),
+    };
+    // A handler whose OCI runtime is not installed would be a promise to the scheduler.
+    let usable = |name: &&str| handlers::runtime(&daemon.config, name).is_ok();
+    let named = handlers::names(&daemon.config).filter(usable).map(handler);
     let mut info = HashMap::new();
     if verbose {
         let vmm = match daemon.vmm.backend {
@@ -82,7 +91,7 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
     cri::StatusResponse {
         status: Some(cri::RuntimeStatus { conditions }),
         info,
-        runtime_handlers: vec![handler(""), handler("podvisor")],
+        runtime_handlers: std::iter::once(default).chain(named).collect(),
         features: Some(cri::RuntimeFeatures {
             // The agent resolves groups by both policies.
             supplemental_groups_policy: true,
@@ -123,6 +132,14 @@ pub fn pod_info(pod: &Pod) -> HashMap<String, String> {
         (
             "timeline".to_owned(),
             json!(timeline(&record.timeline, &snapshot.timeline)).to_string(),
+        ),
+        (
+            "handler".to_owned(),
+            json!({
+                "name": if record.handler.is_empty() { handlers::PODVISOR } else { &record.handler },
+                "routedBecause": record.routed,
+            })
+            .to_string(),
         ),
         (
             "vm".to_owned(),

@@ -55,10 +55,21 @@ pub struct Volume {
     pub read_only: bool,
     /// Nor to what is mounted below it.
     pub recursive: bool,
-    /// What the host mounts below it later is seen as well.
-    pub follows_host: bool,
+    /// Of what is mounted below it later.
+    pub propagation: Propagation,
     /// Its files have other owners than on the host, if so.
     pub ids: Option<IdMap>,
+}
+
+/// Who sees what is mounted below a volume later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Propagation {
+    /// Who has mounted it.
+    Private,
+    /// The container what the host mounts.
+    FromHost,
+    /// The host what the container mounts, too: in no VM.
+    Both,
 }
 
 /// An image that CreateContainer asks for as a volume.
@@ -96,8 +107,12 @@ pub struct Volumes {
 /// The volumes that a container asks for. `users`: the map of its pod's user namespace, if it has one.
 ///
 /// # Errors
-/// What contradicts the CRI, or cannot be in a VM, with the field's path.
-pub fn parse(mounts: &[cri::Mount], users: Option<&cri::IdMapping>) -> Result<Volumes> {
+/// What contradicts the CRI, or cannot be `in_vm`, with the field's path.
+pub fn parse(
+    mounts: &[cri::Mount],
+    in_vm: bool,
+    users: Option<&cri::IdMapping>,
+) -> Result<Volumes> {
     if mounts.len() > MAX_VOLUMES {
         return Err(Error::Invalid {
             field: "config.mounts",
@@ -111,7 +126,7 @@ pub fn parse(mounts: &[cri::Mount], users: Option<&cri::IdMapping>) -> Result<Vo
                 let volume = parse_image(index, mount, image, users)?;
                 volumes.images.push(volume);
             }
-            None => volumes.host.push(parse_host(index, mount)?),
+            None => volumes.host.push(parse_host(index, mount, in_vm)?),
         }
     }
     Ok(volumes)
@@ -181,31 +196,38 @@ fn parse_image(
     })
 }
 
-fn parse_host(index: usize, mount: &cri::Mount) -> Result<Volume> {
+fn parse_host(index: usize, mount: &cri::Mount, in_vm: bool) -> Result<Volume> {
     let refuse = |code, field, problem: &str| refuse(index, code, field, problem);
     let invalid = |field, problem: &str| refuse(Code::InvalidArgument, field, problem);
     let ids = match IdMap::parse(mount) {
         Ok(ids) => ids,
         Err((field, problem)) => return invalid(field, problem),
     };
+    if ids.is_some() && !in_vm {
+        return refuse(Code::Unimplemented, "uidMappings", "of a pod on the host");
+    }
     let container_path = container_path(index, mount)?;
     let host_path = match absolute(&mount.host_path) {
         Ok(path) => path,
         Err(problem) => return invalid("host_path", problem),
     };
-    let propagation = mount.propagation();
-    if propagation == cri::MountPropagation::PropagationBidirectional {
-        return refuse(
-            Code::FailedPrecondition,
-            "propagation",
-            "Bidirectional: a VM's mounts do not reach the host",
-        );
-    }
+    let propagation = match mount.propagation() {
+        cri::MountPropagation::PropagationPrivate => Propagation::Private,
+        cri::MountPropagation::PropagationHostToContainer => Propagation::FromHost,
+        cri::MountPropagation::PropagationBidirectional if in_vm => {
+            return refuse(
+                Code::FailedPrecondition,
+                "propagation",
+                "Bidirectional: a VM's mounts do not reach the host",
+            );
+        }
+        cri::MountPropagation::PropagationBidirectional => Propagation::Both,
+    };
     if mount.recursive_read_only {
         if !mount.readonly {
             return invalid("recursive_read_only", "set without readonly");
         }
-        if propagation != cri::MountPropagation::PropagationPrivate {
+        if propagation != Propagation::Private {
             return invalid(
                 "recursive_read_only",
                 "set with a propagation that is not private",
@@ -218,7 +240,7 @@ fn parse_host(index: usize, mount: &cri::Mount) -> Result<Volume> {
         host_path,
         read_only: mount.readonly,
         recursive: mount.recursive_read_only,
-        follows_host: propagation == cri::MountPropagation::PropagationHostToContainer,
+        propagation,
         ids,
     })
 }
