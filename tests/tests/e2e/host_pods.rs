@@ -108,6 +108,11 @@ fn a_pod_of_runc_lives_as_one_in_a_vm() {
 
 #[test]
 fn a_pod_of_crun_lives_as_one_in_a_vm() {
+    let has = |file: &str| Path::new("/sys/fs/cgroup").join(file).exists();
+    if has("memory") && has("unified/cgroup.controllers") {
+        println!("crun does not run with cgroup v1 and v2 at once, as they are here");
+        return;
+    }
     let config = [
         ("handlers.runc", "runtime = \"runc\""),
         ("handlers.crun", "runtime = \"crun\""),
@@ -387,9 +392,11 @@ fn limits_hold_and_change() {
 fn a_monitors_death_is_its_pods_death() {
     let daemon = daemon();
     let (_, id, container) = routed(&daemon, "dies", json!({"namespace_options": {"pid": 2}}));
-    let pid = daemon.exec(&container, &["sh", "-c", "cut -d' ' -f4 /proc/self/stat"]);
-    assert!(Path::new("/proc").join(pid.trim()).exists());
     let all = daemon.instance.processes();
+    assert!(
+        all.iter()
+            .any(|(_, command)| command.contains("sleep 1000"))
+    );
     let monitor = all
         .iter()
         .find(|(_, command)| command.contains("podvisor-monitor"));

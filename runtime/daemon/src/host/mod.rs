@@ -26,7 +26,7 @@ use crate::handlers::{self, Reason};
 use crate::inventory;
 use crate::mountinfo;
 use crate::pod::Pod;
-use crate::store::SandboxRecord;
+use crate::store::{Phase, SandboxRecord};
 
 /// Size of a pod's /dev/shm, as in a VM and with containerd.
 const SHM: &str = "mode=1777,size=65536k";
@@ -145,7 +145,8 @@ impl Daemon {
     pub async fn drop_unused_layers(&self, but: Option<&str>) -> Result<()> {
         let mut used = HashSet::new();
         for pod in self.pods.all() {
-            if !Self::is_on_host(&pod.record()) {
+            let record = pod.record();
+            if !Self::is_on_host(&record) || record.phase == Phase::Stopped as i32 {
                 continue;
             }
             for container in self.pods.containers_of(&pod.id) {

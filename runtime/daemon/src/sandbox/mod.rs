@@ -427,7 +427,7 @@ impl Daemon {
             match answer {
                 Ok(answer) => pod.apply(answer.snapshot),
                 Err(error) => {
-                    warn!(sandbox = pod.id, %error, "no orderly shutdown, killing the VM");
+                    warn!(sandbox = pod.id, %error, "no orderly shutdown, killing the monitor");
                 }
             }
             if timeout(Duration::from_secs(2), monitor.died())
@@ -446,6 +446,9 @@ impl Daemon {
         }
         self.release(&pod.record()).await?;
         self.store.put_sandbox(pod.stopped()).await?;
+        if Self::is_on_host(&pod.record()) {
+            self.drop_unused_layers(None).await?;
+        }
         Ok(())
     }
 

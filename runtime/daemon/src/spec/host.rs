@@ -34,6 +34,8 @@ pub fn adapt(
         process.set_apparmor_profile(confinement.apparmor);
         process.set_selinux_label(confinement.selinux.clone());
     }
+    // The monitor's, or the node's; the builder has a name of its own.
+    spec.set_hostname(None);
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
         if mount.destination().as_os_str() == "/dev/shm" {
