@@ -37,13 +37,13 @@ pub trait Namespaces {
     fn of_container(&self, id: &str, kind: &str) -> Result<PathBuf, HostError>;
 }
 
-/// What `spec` says of a namespace. `None`: the host's; `Some(None)`: one of the container's own.
-pub fn path_of(spec: &Spec, kind: LinuxNamespaceType) -> Option<Option<PathBuf>> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let found = namespaces
-        .iter()
-        .find(|namespace| namespace.typ() == kind)?;
-    Some(found.path().clone())
+/// Whether a namespace is to be the container's own: not the host's, not another's.
+pub fn is_own(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let linux = spec.linux().as_ref();
+    let mut namespaces = linux
+        .into_iter()
+        .flat_map(|linux| linux.namespaces().iter().flatten());
+    namespaces.any(|namespace| namespace.typ() == kind && namespace.path().is_none())
 }
 
 /// Fills in the user's numbers, the namespaces, and the pod's files, which are in `dir`.
