@@ -88,10 +88,7 @@ mod tests {
     #[test]
     fn timeouts_have_units() {
         assert_eq!(parse("5m"), Some(Duration::from_millis(5)));
-        assert_eq!(
-            parse("99999999H"),
-            Some(Duration::from_hours(99_999_999))
-        );
+        assert_eq!(parse("99999999H"), Some(Duration::from_hours(99_999_999)));
         for bad in ["", "m", "5", "5x", "123456789S", "-1S", "5\u{b5}"] {
             assert_eq!(parse(bad), None, "{bad}");
         }
