@@ -13,11 +13,12 @@ image:               ## what a pod's VM boots: target/guest/{vmlinux,bzImage,ini
 run:                 ## try it: install, build, a daemon, a registry, a first pod
 	scripts/run
 
-test: build          ## unit, property and end-to-end tests (as root), then those of VMs on real KVM
+test: build          ## unit, property and end-to-end tests (as root), critest, then the tests of VMs on real KVM
 	cargo test --locked --workspace
+	scripts/conformance
 	scripts/test-kvm
 
-conformance: build   ## critest against podvisord on QEMU, as root; what is skipped: tests/rig/critest/skipped
+conformance: build   ## critest against podvisord on QEMU, for each handler; skipped: tests/rig/critest/skipped
 	scripts/conformance
 
 lint:                ## formatting, clippy, dependencies, shell scripts

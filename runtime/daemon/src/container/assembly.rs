@@ -10,7 +10,7 @@ use podvisor_proto::{cri, monitor};
 
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
-use crate::host::{self, Place, Roots};
+use crate::host::{self, HostPod, Roots};
 use crate::monitor::Monitor;
 use crate::pod::Pod;
 use crate::spec::{self, ContainerSpec};
@@ -88,13 +88,13 @@ impl Assembly {
     /// FAILED_PRECONDITION: it is not there.
     pub async fn for_host(
         mut self,
-        place: Place,
+        host_pod: HostPod,
     ) -> Result<(monitor::CreateContainerRequest, Files)> {
         let volumes = self.volumes.host;
         let mounts = blocking(move || host::mounts::of_host(&volumes)).await?;
         add_mounts(&mut self.built, mounts);
         if let Some(linux) = self.built.spec.linux_mut() {
-            linux.set_cgroups_path(Some(place.cgroup.join(&self.id)));
+            linux.set_cgroups_path(Some(host_pod.cgroup.join(&self.id)));
         }
         let roots = Roots {
             layers: host::layers(&self.image),

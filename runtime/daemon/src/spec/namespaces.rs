@@ -7,7 +7,7 @@ use podvisor_proto::cri::{self, NamespaceMode};
 
 use super::build_error;
 use crate::error::{Error, Result};
-use crate::host::Place;
+use crate::host::HostPod;
 use crate::user_namespace;
 
 /// Namespace path that the agent replaces by the pod's own.
@@ -58,14 +58,14 @@ pub fn of(
         .collect()
 }
 
-/// The namespaces of a container on the host: those of its pod, which is at `place`, or the host's.
+/// The namespaces of a container on the host: those of its pod, or the host's.
 ///
 /// # Errors
 /// INVALID_ARGUMENT: modes that the CRI does not have, a user namespace that is not the pod's.
 pub fn on_host(
     security: &cri::LinuxContainerSecurityContext,
     target: Option<&str>,
-    place: &Place,
+    host_pod: &HostPod,
 ) -> Result<Vec<LinuxNamespace>> {
     let options = security.namespace_options.clone().unwrap_or_default();
     // Its pod has none: [`crate::sandbox`] has seen to that.
@@ -74,13 +74,13 @@ pub fn on_host(
         (LinuxNamespaceType::Mount, None),
         (LinuxNamespaceType::Cgroup, None),
     ];
-    if let Some(netns) = &place.netns {
+    if let Some(netns) = &host_pod.netns {
         wanted.push((LinuxNamespaceType::Network, Some(netns.clone())));
     }
-    if place.own_ipc {
+    if host_pod.own_ipc {
         wanted.push((LinuxNamespaceType::Ipc, Some(POD.into())));
     }
-    if place.own_uts {
+    if host_pod.own_uts {
         wanted.push((LinuxNamespaceType::Uts, Some(POD.into())));
     }
     match (options.pid(), target) {

@@ -71,12 +71,12 @@ impl HostError {
     /// As callers are told.
     pub fn code(&self) -> Code {
         match self {
-            Self::User(UserError::Read(_)) | Self::Kernel { .. } => Code::Internal,
-            Self::User(_) => Code::InvalidArgument,
-            Self::Spec(_) => Code::InvalidArgument,
+            Self::User(UserError::Read(_))
+            | Self::Kernel { .. }
+            | Self::Runtime(RuntimeError::Io(..)) => Code::Internal,
+            Self::User(_) | Self::Spec(_) => Code::InvalidArgument,
             Self::NotFound(_) => Code::NotFound,
             Self::Runtime(RuntimeError::Deadline { .. }) => Code::DeadlineExceeded,
-            Self::Runtime(RuntimeError::Io(..)) => Code::Internal,
             Self::Runtime(RuntimeError::Failed(_)) => Code::FailedPrecondition,
         }
     }
@@ -178,7 +178,7 @@ impl Host {
     pub fn create(&self, request: &CreateContainerRequest) -> Result<ResolvedUser, HostError> {
         let spec: Spec = serde_json::from_slice(&request.spec)
             .map_err(|error| HostError::Spec(error.to_string()))?;
-        let own_pids = bundle::path_of(&spec, LinuxNamespaceType::Pid) == Some(None);
+        let own_pids = bundle::is_own(&spec, LinuxNamespaceType::Pid);
         let bundle = self.bundle(&request.id);
         let user = request.user.clone().unwrap_or_default();
         let (spec, user) = bundle::complete(spec, &bundle, &self.dir, &user, self)?;
@@ -252,10 +252,11 @@ impl Host {
             drop(awaited);
             exit.time_ns = now_ns();
             let is_first = exit.exec_id.is_empty();
-            if is_first && !container.own_pids {
-                if let Err(error) = runtime.kill_all(&exit.container_id).await {
-                    warn!(container = exit.container_id, %error, "its other processes were not killed");
-                }
+            if is_first
+                && !container.own_pids
+                && let Err(error) = runtime.kill_all(&exit.container_id).await
+            {
+                warn!(container = exit.container_id, %error, "its other processes were not killed");
             }
             // Nobody listens any more when the pod has ended.
             if is_first && out_of_memory::happened(&container.cgroup) {
