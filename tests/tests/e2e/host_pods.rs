@@ -93,6 +93,16 @@ fn lives(daemon: &mut Daemon, handler: &'static str) {
     assert_eq!(daemon.exec(&main, &["echo", "still"]), "still");
     assert_eq!(daemon.leaks(), "");
 
+    // Nobody but root gets to an image's programs.
+    use std::os::unix::fs::PermissionsExt;
+    let run_dir = daemon.instance.run_dir();
+    for dir in ["layers".to_owned(), format!("sandboxes/{id}/bundles")] {
+        let mode = fs::metadata(run_dir.join(dir))
+            .expect("a folder")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
     daemon.crictl(&["rm", "-f", &ends]).ok();
     daemon.crictl(&["stop", "--timeout", "0", &main]).ok();
     let status = daemon.cri().wait_exit(&main);

@@ -11,8 +11,9 @@
 pub mod mounts;
 
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::MsFlags;
@@ -180,12 +181,15 @@ pub fn image_dir(bundle: &Path, number: usize) -> PathBuf {
     bundle.join("images").join(number.to_string())
 }
 
-/// Makes what a pod needs before its monitor starts: /dev/shm, and a folder for writable layers. Blocking.
+/// Makes what a pod needs before its monitor starts, in the sandbox's folder `dir` and, for writable layers, in `writable`.
+/// Only root gets to what is an image's: there are set-uid programs. Blocking.
 ///
 /// # Errors
 /// The disk or the kernel refuses.
-pub fn prepare(host_pod: &HostPod, writable: &Path) -> io::Result<()> {
-    fs::create_dir(writable)?;
+pub fn prepare(host_pod: &HostPod, dir: &Path, writable: &Path) -> io::Result<()> {
+    for private in [writable, &dir.join("bundles")] {
+        DirBuilder::new().mode(0o700).create(private)?;
+    }
     if host_pod.own_ipc {
         fs::create_dir(&host_pod.shm)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
