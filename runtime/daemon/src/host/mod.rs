@@ -21,7 +21,7 @@ use podvisor_oci::rootfs::Layer;
 use podvisor_proto::cri;
 
 use crate::cgroup::hierarchy;
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
 use crate::handlers::{self, Reason};
 use crate::inventory;
@@ -230,12 +230,4 @@ pub fn remove_mounted(dir: &Path) -> Result<()> {
 fn remove_tree(dir: &Path) -> Result<()> {
     let removed = inventory::remove_folder(dir);
     removed.map_err(|error| Error::io("removing a folder")(io::Error::other(error)))
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|_| Error::Cancelled)?
 }
