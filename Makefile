@@ -27,8 +27,9 @@ lint:                ## formatting, clippy, dependencies, shell scripts
 fuzz:                ## hostile drivers against each virtio device, MINUTES (10) each, with a nightly compiler
 	scripts/fuzz $(or $(MINUTES),10)
 
-bench: build         ## costs of a pod by phase, as JSON and a table: on QEMU, then on KVM in the nested host
+bench: build         ## costs of a pod by phase: on QEMU, on the node beside containerd, on KVM in the nested host
 	scripts/bench
+	scripts/bench-handlers
 	scripts/bench-kvm
 
 instructions:        ## what each virtio device takes for a request, counted by valgrind

@@ -8,7 +8,7 @@ use oci_spec::runtime::Mount;
 use podvisor_image::Image;
 use podvisor_proto::{cri, monitor};
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
 use crate::host::{self, HostPod, Roots};
 use crate::monitor::Monitor;
@@ -219,12 +219,4 @@ fn add_mounts(built: &mut ContainerSpec, more: Vec<Mount>) {
 fn to_json(built: &ContainerSpec) -> Result<Vec<u8>> {
     serde_json::to_vec(&built.spec)
         .map_err(|error| Error::io("OCI spec")(std::io::Error::other(error)))
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|_| Error::Cancelled)?
 }

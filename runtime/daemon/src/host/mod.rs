@@ -11,8 +11,9 @@
 pub mod mounts;
 
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::MsFlags;
@@ -20,7 +21,7 @@ use podvisor_oci::rootfs::Layer;
 use podvisor_proto::cri;
 
 use crate::cgroup::hierarchy;
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
 use crate::handlers::{self, Reason};
 use crate::inventory;
@@ -180,12 +181,15 @@ pub fn image_dir(bundle: &Path, number: usize) -> PathBuf {
     bundle.join("images").join(number.to_string())
 }
 
-/// Makes what a pod needs before its monitor starts: /dev/shm, and a folder for writable layers. Blocking.
+/// Makes what a pod needs before its monitor starts, in the sandbox's folder `dir` and, for writable layers, in `writable`.
+/// Only root gets to what is an image's: there are set-uid programs. Blocking.
 ///
 /// # Errors
 /// The disk or the kernel refuses.
-pub fn prepare(host_pod: &HostPod, writable: &Path) -> io::Result<()> {
-    fs::create_dir(writable)?;
+pub fn prepare(host_pod: &HostPod, dir: &Path, writable: &Path) -> io::Result<()> {
+    for private in [writable, &dir.join("bundles")] {
+        DirBuilder::new().mode(0o700).create(private)?;
+    }
     if host_pod.own_ipc {
         fs::create_dir(&host_pod.shm)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -226,12 +230,4 @@ pub fn remove_mounted(dir: &Path) -> Result<()> {
 fn remove_tree(dir: &Path) -> Result<()> {
     let removed = inventory::remove_folder(dir);
     removed.map_err(|error| Error::io("removing a folder")(io::Error::other(error)))
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|_| Error::Cancelled)?
 }

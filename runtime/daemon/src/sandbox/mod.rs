@@ -340,7 +340,7 @@ impl Daemon {
         };
         let files = tokio::task::spawn_blocking(move || -> Result<_> {
             std::fs::create_dir(&dir).map_err(Error::io(dir.display().to_string()))?;
-            host::prepare(&host_pod, &writable).map_err(Error::io("the pod's folders"))?;
+            host::prepare(&host_pod, &dir, &writable).map_err(Error::io("the pod's folders"))?;
             // A group of its own: the containers' are beside it, and on cgroup v2 a group has processes or groups.
             Ok(PodCgroup::create(&parent, &leaf)?.child("monitor")?)
         });

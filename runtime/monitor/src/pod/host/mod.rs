@@ -29,7 +29,7 @@ use podvisor_proto::agent::{
 use podvisor_proto::monitor::CreateContainerRequest;
 use podvisor_root::user::UserError;
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{OnceCell, mpsc};
 use tonic::Code;
 use tracing::warn;
 
@@ -117,6 +117,8 @@ struct HostContainer {
     /// Below the roots of the hierarchies.
     cgroup: PathBuf,
     processes: Mutex<HashMap<String, Arc<Process>>>,
+    /// Set when the runtime has forgotten it.
+    deleted: OnceCell<()>,
 }
 
 impl HostContainer {
@@ -125,6 +127,12 @@ impl HostContainer {
         self.processes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the runtime forget the container, and kill what is left of it; once.
+    async fn delete(&self, runtime: &Runtime, id: &str) -> Result<(), RuntimeError> {
+        let deleted = self.deleted.get_or_try_init(|| runtime.delete(id)).await;
+        deleted.map(|_| ())
     }
 }
 
@@ -190,6 +198,7 @@ impl Host {
             own_pids,
             cgroup: linux.cgroups_path().clone().ok_or_else(missing)?,
             processes: Mutex::default(),
+            deleted: OnceCell::new(),
         };
         self.containers()
             .insert(request.id.clone(), container.into());
@@ -265,7 +274,10 @@ impl Host {
                 });
                 let _ = events.send(news(kind));
             }
-            let _ = events.send(news(event::Kind::Exit(exit)));
+            let _ = events.send(news(event::Kind::Exit(exit.clone())));
+            if is_first && let Err(error) = container.delete(&runtime, &exit.container_id).await {
+                warn!(container = exit.container_id, %error, "is deleted when it is removed");
+            }
         });
         (pid, started.streams)
     }
@@ -301,8 +313,10 @@ impl Host {
 
     /// Takes a container away; its bundle is podvisord's.
     pub async fn remove(&self, id: &str) -> Result<(), HostError> {
-        // One that never ran is not known to the runtime: that is no failure of forced deletion.
-        self.runtime.delete(id).await?;
+        if let Ok(container) = self.container(id) {
+            // One that never ran is not known to the runtime: that is no failure of forced deletion.
+            container.delete(&self.runtime, id).await?;
+        }
         self.containers().remove(id);
         Ok(())
     }
