@@ -1,0 +1,47 @@
+//! What benches share that measure ours beside QEMU's own, by turns.
+
+use std::fs::{File, Permissions};
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use crate::common::QEMU;
+
+/// A program in `dir` that is QEMU with these arguments more.
+pub fn qemu_with(dir: &Path, arguments: &str) -> PathBuf {
+    let path = dir.join("qemu");
+    let mut script = File::create(&path).unwrap();
+    writeln!(script, "#!/bin/sh\nexec {QEMU} \"$@\" {arguments}").unwrap();
+    script
+        .set_permissions(Permissions::from_mode(0o755))
+        .unwrap();
+    path
+}
+
+/// Prints medians of what was measured, ours and theirs, and the ratio; `unit` is better when it is more.
+pub fn print<const N: usize>(
+    unit: &str,
+    names: [&str; N],
+    other: &str,
+    ours: &[[f64; N]],
+    theirs: &[[f64; N]],
+) -> [f64; N] {
+    println!(
+        "{:28} {:>12} {other:>12} {:>7}",
+        format!("{unit}, median"),
+        "podvisor",
+        "ratio"
+    );
+    std::array::from_fn(|i| {
+        let (ours, theirs) = (median(ours, i), median(theirs, i));
+        let ratio = ours / theirs;
+        println!("{:28} {ours:>12.1} {theirs:>12.1} {ratio:>6.2}x", names[i]);
+        ratio
+    })
+}
+
+fn median<const N: usize>(rates: &[[f64; N]], of: usize) -> f64 {
+    let mut values: Vec<f64> = rates.iter().map(|rates| rates[of]).collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
