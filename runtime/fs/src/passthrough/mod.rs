@@ -121,6 +121,19 @@ impl Passthrough {
     /// Finds `name` in a directory and tells the guest of it.
     fn find(&self, parent: &Found, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
+        // Most often the guest only asks whether it is still the file that it knows: nothing is opened then.
+        let status = host::status_of(&parent.file, name)?;
+        let mut nodes = self.nodes();
+        if let Some(number) = nodes.look_up_held(status.identity, status.mount) {
+            return Ok(entry(&mut nodes, number, status));
+        }
+        drop(nodes);
+        self.find_new(parent, name)
+    }
+
+    /// The same where it most likely does not know the file.
+    fn find_new(&self, parent: &Found, name: &CStr) -> io::Result<Entry> {
+        check_name(name)?;
         let file = Arc::new(openat(&parent.file, name, PATH_ONLY, Mode::empty())?);
         let status = host::status(&file)?;
         let mut nodes = self.nodes();
@@ -141,14 +154,7 @@ impl Passthrough {
             }
             None => nodes.add(node(place, &status)),
         };
-        Ok(Entry {
-            inode: number,
-            generation: 0,
-            attr: shown(&mut nodes, status),
-            attr_flags: 0,
-            attr_timeout: VALIDITY,
-            entry_timeout: VALIDITY,
-        })
+        Ok(entry(&mut nodes, number, status))
     }
 
     /// How the file `name` of a directory is to be found again.
@@ -235,6 +241,18 @@ fn node(place: Place, status: &Status) -> Node {
         identity: status.identity,
         kind: status.attributes.st_mode & libc::S_IFMT,
         mount: status.mount,
+    }
+}
+
+/// What the guest is told of a file.
+fn entry(nodes: &mut Nodes, number: u64, status: Status) -> Entry {
+    Entry {
+        inode: number,
+        generation: 0,
+        attr: shown(nodes, status),
+        attr_flags: 0,
+        attr_timeout: VALIDITY,
+        entry_timeout: VALIDITY,
     }
 }
 

@@ -101,6 +101,18 @@ impl Nodes {
         Some((number, &known.node))
     }
 
+    /// The number of a file that is known in that mount and held open, which the guest is told once more. While it is
+    /// held, no other file can have its identity.
+    pub fn look_up_held(&mut self, identity: Identity, mount: u64) -> Option<u64> {
+        let number = *self.numbers.get(&identity)?;
+        let known = self.known.get_mut(&number)?;
+        if known.node.mount != mount || !known.node.place.is_held() {
+            return None;
+        }
+        known.lookups = known.lookups.saturating_add(1);
+        Some(number)
+    }
+
     /// From now on a file is found at another place, of another mount.
     pub fn set_place(&mut self, number: u64, place: Place, mount: u64) {
         if let Some(known) = self.known.get_mut(&number) {
