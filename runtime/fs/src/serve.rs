@@ -59,15 +59,18 @@ pub fn serve(files: Passthrough, socket: OwnedFd) -> io::Result<()> {
 /// Where requests come from.
 struct Requests {
     socket: OwnedFd,
-    /// Of those that wait for it, the kernel wakes the thread that has worked last, not each in its turn as for the
-    /// socket itself: one that works alone has its memory in the caches, and the others none.
+    /// Of the threads that wait for it, the kernel wakes the one that has worked last, where the socket itself would
+    /// wake each in its turn: a thread that does all the work has its memory in the caches, and the others have none.
     ready: Epoll,
 }
+
+/// Wakes one thread, and no other until it says that it has taken the request.
+const READY: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLONESHOT);
 
 impl Requests {
     fn new(socket: OwnedFd) -> io::Result<Self> {
         let ready = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        ready.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        ready.add(&socket, EpollEvent::new(READY, 0))?;
         Ok(Self { socket, ready })
     }
 
@@ -81,8 +84,11 @@ impl Requests {
                 Err(Errno::EINTR) => continue,
                 Err(error) => return Err(error),
             }
-            match recv(self.socket.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
-                // Another thread has it.
+            let received = recv(self.socket.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT);
+            // The next one is another thread's.
+            self.ready
+                .modify(&self.socket, &mut EpollEvent::new(READY, 0))?;
+            match received {
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
                 result => return result.map(Some),
             }
@@ -100,7 +106,7 @@ fn answer_all(server: &Server<Arc<Passthrough>>, requests: &Requests) {
             Ok(Some(0)) => std::process::exit(0),
             Ok(Some(length)) => length,
             Ok(None) => {
-                forget(&mut buffer[KEPT_BYTES..]);
+                give_back(&mut buffer[KEPT_BYTES..]);
                 patience = EpollTimeout::NONE;
                 continue;
             }
@@ -130,7 +136,7 @@ fn answer_all(server: &Server<Arc<Passthrough>>, requests: &Requests) {
 }
 
 /// Gives the whole pages of a buffer back to the kernel: they are zeroes when they are used again.
-fn forget(buffer: &mut [u8]) {
+fn give_back(buffer: &mut [u8]) {
     const PAGE_BYTES: usize = 4 << 10;
     let start = buffer.as_ptr().align_offset(PAGE_BYTES).min(buffer.len());
     let pages = &mut buffer[start..];
