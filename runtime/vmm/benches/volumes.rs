@@ -33,6 +33,8 @@ const FILES: u32 = 10_000;
 /// Less than the file, so that the guest's cache does not hold it.
 const GUEST_BYTES: u64 = 512 << 20;
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
+/// As the agent mounts volumes.
+const READ_AHEAD_KIBIBYTES: u32 = 512;
 /// As podvisord has it (`volumes::server`).
 const SOCKET_BYTES: usize = 2 << 20;
 
@@ -81,8 +83,9 @@ async fn main() {
     })
     .await
     .expect("the guest's kernel");
-    for tag in ["volumes", "own"] {
-        assert_eq!(guest.command(&format!("volume {tag}")).await, "ok");
+    for (tag, ahead) in [("volumes", READ_AHEAD_KIBIBYTES), ("own", 0)] {
+        let mounted = guest.command(&format!("volume {tag} {ahead}")).await;
+        assert_eq!(mounted, "ok");
     }
 
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());

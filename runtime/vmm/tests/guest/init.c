@@ -11,7 +11,7 @@
 //   stream PORT MEBIBYTES       ok, when so much has been sent to the host's port, and taken | errno
 //   send PORT MEBIBYTES         the same by TCP, from 10.99.0.2 to 10.99.0.1 | errno
 //   touch BYTES                 ok, when as much memory has been written and freed again
-//   volume TAG                  ok, when that virtio-fs is mounted at /TAG | errno
+//   volume TAG KIBIBYTES        ok, when that virtio-fs is mounted at /TAG, reading ahead so much (0: as it is) | errno
 //   fill PATH MEBIBYTES         microseconds, for writing a new file, by mebibytes | errno
 //   drain PATH MEBIBYTES        the same for reading it
 //   pick PATH MEBIBYTES COUNT   the same for reading so many of its pages, anywhere in so much of it
@@ -40,6 +40,7 @@
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -190,11 +191,22 @@ static long long scan(const char *name, int mebibytes) {
     return took;
 }
 
-static int mount_volume(const char *tag) {
-    char path[32];
+static int mount_volume(const char *tag, int ahead) {
+    char path[64];
+    struct stat status;
     snprintf(path, sizeof path, "/%s", tag);
     mkdir(path, 0755);
-    return mount(tag, path, "virtiofs", MS_NOSUID | MS_NODEV, NULL);
+    if (mount(tag, path, "virtiofs", MS_NOSUID | MS_NODEV, NULL) < 0)
+        return -1;
+    if (ahead == 0)
+        return 0;
+    if (stat(path, &status) < 0)
+        return -1;
+    snprintf(path, sizeof path, "/sys/class/bdi/%u:%u/read_ahead_kb", major(status.st_dev), minor(status.st_dev));
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    int result = dprintf(fd, "%d", ahead);
+    close(fd);
+    return result;
 }
 
 static long long fill(const char *path, int mebibytes) {
@@ -352,8 +364,8 @@ int main(void) {
             answer_number(control, size(name));
         else if (sscanf(line, "scan %15s %d", name, &number) == 2)
             answer_number(control, scan(name, number));
-        else if (sscanf(line, "volume %15s", name) == 1)
-            answer(control, mount_volume(name));
+        else if (sscanf(line, "volume %15s %d", name, &number) == 2)
+            answer(control, mount_volume(name, number));
         else if (sscanf(line, "fill %255s %d", path, &number) == 2)
             answer_number(control, fill(path, number));
         else if (sscanf(line, "drain %255s %d", path, &number) == 2)
