@@ -64,7 +64,7 @@ async fn main() {
         ours.push(on_ours(&layer).await);
         theirs.push(on_qemu(&qemu).await);
     }
-    beside::print("MiB/s", NAMES, "QEMU", &ours, &theirs);
+    beside::print("MiB/s", NAMES, "QEMU", &ours, &theirs, 0.9);
 }
 
 async fn on_ours(layer: &Path) -> Rates {

@@ -109,7 +109,7 @@ async fn main() {
     for mut server in [podvisor_fs, virtiofsd] {
         server.wait().unwrap();
     }
-    beside::print("per second", NAMES, "virtiofsd", &ours, &theirs);
+    beside::print("per second", NAMES, "virtiofsd", &ours, &theirs, 1.0);
 }
 
 /// What the guest does in one second of each, with the volume that it has at `at`.

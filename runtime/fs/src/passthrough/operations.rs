@@ -338,8 +338,13 @@ impl FileSystem for Passthrough {
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
         let _strip = WithoutFsetid::when(fuse_flags & FOPEN_IN_KILL_SUIDGID != 0)?;
         let file = self.reopen(&self.node(node)?, OFlag::from_bits_retain(flags as i32))?;
+        let options = if self.is_as_opened_before(node, &file)? {
+            OpenOptions::KEEP_CACHE
+        } else {
+            OpenOptions::empty()
+        };
         let handle = self.open.add(node, file, flags);
-        Ok((Some(handle), OpenOptions::empty(), None))
+        Ok((Some(handle), options, None))
     }
 
     fn create(

@@ -18,26 +18,31 @@ pub fn qemu_with(dir: &Path, arguments: &str) -> PathBuf {
     path
 }
 
-/// Prints medians of what was measured, ours and theirs, and the ratio; `unit` is better when it is more.
+/// Prints medians of what was measured, ours and theirs, and whether ours are as many times theirs as is promised; all
+/// in a `unit` of which more is better.
 pub fn print<const N: usize>(
     unit: &str,
     names: [&str; N],
     other: &str,
     ours: &[[f64; N]],
     theirs: &[[f64; N]],
-) -> [f64; N] {
+    promised: f64,
+) {
+    let unit = format!("{unit}, median");
     println!(
-        "{:28} {:>12} {other:>12} {:>7}",
-        format!("{unit}, median"),
-        "podvisor",
-        "ratio"
+        "{unit:28} {:>12} {other:>12} {:>7}  at least {promised:.1}x",
+        "podvisor", "ratio"
     );
-    std::array::from_fn(|i| {
+    for (i, name) in names.iter().enumerate() {
         let (ours, theirs) = (median(ours, i), median(theirs, i));
         let ratio = ours / theirs;
-        println!("{:28} {ours:>12.1} {theirs:>12.1} {ratio:>6.2}x", names[i]);
-        ratio
-    })
+        let kept = if ratio >= promised {
+            "kept"
+        } else {
+            "NOT KEPT"
+        };
+        println!("{name:28} {ours:>12.1} {theirs:>12.1} {ratio:>6.2}x  {kept}");
+    }
 }
 
 fn median<const N: usize>(rates: &[[f64; N]], of: usize) -> f64 {
