@@ -9,8 +9,8 @@ use std::process::{Command, Stdio};
 
 use nix::unistd::{Gid, Uid, chown};
 use podvisor_tests::crictl::shell;
+use podvisor_tests::logs;
 use podvisor_tests::registry::busybox;
-use podvisor_tests::{eventually, logs};
 use serde_json::{Value, json};
 
 use super::{Rig, node, read_only, volume};
@@ -316,27 +316,42 @@ print("as it should be")
     assert_eq!(rig.sh(&two, &python("two")), "as it should be");
 }
 
-/// What containers do is told to containers; what the node does is not.
+/// What containers do to a file is told to containers, what one does in a directory to itself; what the node does is not.
 #[test]
 fn inotify_tells_of_the_pod() {
+    const WATCH: &str = r#"
+import ctypes, os
+libc = ctypes.CDLL(None)
+events = libc.inotify_init()
+IN_MODIFY, IN_CREATE = 2, 0x100
+assert libc.inotify_add_watch(events, b"file", IN_MODIFY) > 0
+assert libc.inotify_add_watch(events, b".", IN_CREATE) > 0
+print("watching", flush=True)
+while True:
+    # `struct inotify_event`: four numbers and a name, filled up with NUL.
+    name = os.read(events, 4096)[16:].rstrip(b"\0").decode()
+    print("created " + name if name else "modified", flush=True)
+"#;
     let rig = Rig::new("inotify");
     let data = rig.directory("data");
-    let mut config = shell("watch", &busybox(), "exec inotifyd - /v:n");
-    config["mounts"] = json!([volume(&data, "/v")]);
-    rig.daemon.create_started(&rig.id, &rig.pod, &config);
-    let other = rig.container("other", &[volume(&data, "/w")]);
-    let told = |name: &str| {
-        let log = fs::read_to_string(rig.pod.log("watch")).unwrap_or_default();
-        log.contains(name)
-    };
-    eventually("the first container watches", || {
-        rig.sh(&other, "echo >/w/$(date +%N)-of-the-pod");
-        told("-of-the-pod").then_some(())
-    });
+    fs::write(data.join("watch"), WATCH).expect("writes");
+    fs::write(data.join("file"), "").expect("writes");
+    let inside = data.display();
+    let watches = format!("chroot /node /bin/sh -c 'cd {inside} && exec python3 watch' 2>&1");
+    let mut config = shell("watch", &busybox(), &watches);
+    config["mounts"] = json!([node(), volume(&data, &format!("/node{inside}"))]);
+    let watch = rig.daemon.create_started(&rig.id, &rig.pod, &config);
+    let log = rig.pod.log("watch");
+    logs::wait_for(&log, "watching");
+    let other = rig.container("other", &[volume(&data, "/v")]);
+    fs::write(data.join("file"), "of the node\n").expect("writes");
     fs::write(data.join("of-the-node"), "").expect("writes");
-    rig.sh(&other, "cat /w/of-the-node; echo >/w/last");
-    eventually("it is told of the last file", || told("last").then_some(()));
-    assert!(!told("of-the-node"));
+    rig.sh(&other, "cat /v/of-the-node; echo more >>/v/file");
+    logs::wait_for(&log, "modified");
+    rig.sh(&watch, &format!("echo >/node{inside}/new"));
+    logs::wait_for(&log, "created new");
+    let told = logs::stdout(&log);
+    assert_eq!(told, ["watching", "modified", "created new"]);
 }
 
 /// An emptyDir in memory, as kubelets mount it, in the place of /dev/shm.
