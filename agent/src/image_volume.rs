@@ -11,8 +11,8 @@ use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{SFlag, fstat};
 
-use crate::in_root::Root;
 use crate::mount::{Attributes, FileSystem, Mount, MountError};
+use podvisor_root::in_root::Root;
 
 /// Why an image is not a volume. How the messages begin is the CRI's to say.
 #[derive(Debug, thiserror::Error)]

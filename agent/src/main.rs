@@ -24,8 +24,6 @@
 //! | [`mount`]         | mounts by file descriptors, mount options                                |
 //! | [`image_volume`]  | images as volumes                                                        |
 //! | [`rootfs`]        | a container's root: layers under an overlay                              |
-//! | [`in_root`]       | files of a container's root, opened without following it outside         |
-//! | [`user`]          | who a process runs as, by the image's own files                          |
 //! | [`oci`]           | the OCI runtime spec, as far as the agent carries it out                 |
 //! | [`spec`]          | fills in what the OCI spec leaves to the guest                           |
 //! | [`cgroup`]        | control groups of containers and execs                                   |
@@ -48,7 +46,6 @@ mod fd;
 mod guest;
 mod guest_devices;
 mod image_volume;
-mod in_root;
 mod init;
 mod kmsg;
 mod launcher;
@@ -68,7 +65,6 @@ mod spec;
 mod stdio;
 mod streams;
 mod sysctl;
-mod user;
 mod watch;
 
 /// First argument of the re-executed launcher.

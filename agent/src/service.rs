@@ -27,7 +27,7 @@ use crate::sandbox::SandboxError;
 use crate::seccomp::SeccompFilterError;
 use crate::streams::StreamError;
 use crate::sysctl::SysctlError;
-use crate::user::UserError;
+use podvisor_root::user::UserError;
 
 /// Version of the API.
 pub const VERSION: u32 = 1;

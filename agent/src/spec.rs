@@ -11,7 +11,7 @@ use crate::oci::{
     User,
 };
 use crate::sandbox::files;
-use crate::user::Account;
+use podvisor_root::user::Account;
 
 /// Most bytes of a spec.
 pub const LIMIT: usize = 2 * 1024 * 1024;

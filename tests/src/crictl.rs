@@ -125,13 +125,15 @@ impl Daemon {
                 "log_directory": log_dir,
                 "linux": {},
             }),
+            handler: "podvisor",
             log_dir,
         }
     }
 
     /// `crictl runp`.
     pub fn try_run_pod(&self, pod: &Pod) -> Ran {
-        self.crictl(&["runp", &self.config_file("pod", &pod.config)])
+        let config = self.config_file("pod", &pod.config);
+        self.crictl(&["runp", "--runtime", pod.handler, &config])
     }
 
     /// `crictl runp` that must succeed. The pod's id.
@@ -185,6 +187,8 @@ impl Daemon {
 pub struct Pod {
     /// As crictl reads it.
     pub config: Value,
+    /// The handler it names; empty: none.
+    pub handler: &'static str,
     /// Where its containers' logs are.
     pub log_dir: PathBuf,
 }
@@ -193,6 +197,12 @@ impl Pod {
     /// With `key` set to `value`.
     pub fn with(mut self, key: &str, value: Value) -> Self {
         self.config[key] = value;
+        self
+    }
+
+    /// Of a handler; empty: of none by name.
+    pub fn by_handler(mut self, handler: &'static str) -> Self {
+        self.handler = handler;
         self
     }
 

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use podvisor_proto::agent::{BlockDevice, CreateContainerRequest, ResolvedUser, Segment, User};
+use podvisor_root::in_root::Root;
+use podvisor_root::user;
 
 use super::{
     Assembly, CONTAINER_LIMIT, Container, ContainerError, Execs, Pod, SPEC, State, bundle,
@@ -15,14 +17,12 @@ use super::{
 use crate::disk::{DiskError, Range};
 use crate::guest_devices;
 use crate::image_volume;
-use crate::in_root::Root;
 use crate::oci::NamespaceKind;
 use crate::resources;
 use crate::rootfs::Rootfs;
 use crate::sandbox::files;
 use crate::seccomp::StoredFilter;
 use crate::spec::{CompleteSpec, ContainerSpec};
-use crate::user;
 
 /// From `cgroup.kill` to the end of a container's last process.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);

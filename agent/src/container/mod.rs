@@ -44,8 +44,8 @@ use crate::seccomp::{SeccompFilterError, StoredFilter};
 use crate::spec::SpecError;
 use crate::stdio::Running;
 use crate::streams::{StreamError, Streams};
-use crate::user::UserError;
 use crate::watch::{MemoryWatch, Watch};
+use podvisor_root::user::UserError;
 
 /// Containers of one pod, those that have ended included.
 const CONTAINER_LIMIT: usize = 512;

@@ -19,11 +19,11 @@ use nix::unistd::{chdir, fchdir, pivot_root, sethostname};
 use super::message::{CreateRequest, FailureKind, Report, Reporter};
 use super::process::{CLONE_INTO_CGROUP, CloneArguments, Failure};
 use super::{program, view};
-use crate::in_root::Root;
 use crate::oci::{Namespace, NamespaceKind, Spec};
 use crate::resources;
 use crate::seccomp::{Filter, StoredFilter};
 use crate::sysctl;
+use podvisor_root::in_root::Root;
 
 /// Makes the first process of a container in `cgroup`, in the pid namespace of `target` if there is one.
 pub fn run(

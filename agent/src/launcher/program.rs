@@ -17,10 +17,10 @@ use nix::unistd::{
 use super::message::{FailureKind, Reporter};
 use super::process::Failure;
 use super::{capabilities, executable};
-use crate::in_root::Root;
 use crate::mount::Mount;
 use crate::oci::{self, Limit, Process};
 use crate::seccomp::Filter;
+use podvisor_root::in_root::Root;
 
 /// Sets what the process inherits. Not possible any more when this process is not dumpable.
 pub fn set_oom_score_adj(process: &Process) -> Result<(), Failure> {

@@ -14,9 +14,9 @@ use nix::sys::stat::{Mode, SFlag, fstat, major, makedev, minor, mknodat, umask};
 use nix::unistd::{Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, fchownat, symlinkat};
 
 use super::process::Failure;
-use crate::in_root::Root;
 use crate::mount::{Attributes, FileSystem, Mount, MountError, Options};
 use crate::oci::{self, Device, NodeKind, Spec};
+use podvisor_root::in_root::Root;
 
 /// Devices that every container has (runtime-spec, config-linux.md, "Default Devices"): name, major and
 /// minor number.

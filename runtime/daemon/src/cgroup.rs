@@ -79,12 +79,8 @@ impl PodCgroup {
             .map_err(CgroupError::Parent)?
             .join(leaf);
         let mounted = hierarchy::mounted().map_err(CgroupError::Hierarchies)?;
-        let group = |h: Hierarchy| Hierarchy {
-            root: h.root.join(&below),
-            kind: h.kind,
-        };
         Ok(Self {
-            groups: mounted.into_iter().map(group).collect(),
+            groups: mounted.iter().map(|root| root.child(&below)).collect(),
         })
     }
 
@@ -103,6 +99,18 @@ impl PodCgroup {
             }
         }
         Ok(pod)
+    }
+
+    /// The group `name` below this one, made if need be. On cgroup v2 this one must have no processes then.
+    ///
+    /// # Errors
+    /// A hierarchy refuses.
+    pub fn child(&self, name: &str) -> Result<Self, CgroupError> {
+        let groups: Vec<Hierarchy> = self.groups.iter().map(|group| group.child(name)).collect();
+        for group in &groups {
+            make(group, 1)?;
+        }
+        Ok(Self { groups })
     }
 
     /// Puts a process, with all its threads, into the group. Its children will be in it too.

@@ -2,10 +2,13 @@
 //!
 //! The shipped file `config.toml` lists every key with its default; a test holds the two together.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use crate::handlers::{self, Reason};
 
 /// Where the configuration is read from when no `--config` is given.
 pub const DEFAULT_PATH: &str = "/etc/podvisor/config.toml";
@@ -56,6 +59,14 @@ pub struct Config {
     pub monitor: PathBuf,
     /// What runs VMs.
     pub vmm: Vmm,
+    /// Handler of pods that name none.
+    pub default_handler: String,
+    /// What pods that name no handler are routed to runc for.
+    pub route_to_runc: Vec<Reason>,
+    /// Kubernetes namespaces whose pods are routed; empty: all.
+    pub route_namespaces: Vec<String>,
+    /// Handlers besides the one for VMs, by name.
+    pub handlers: BTreeMap<String, Handler>,
     /// The virtual machines.
     pub vm: Vm,
     /// The QEMU backend.
@@ -66,6 +77,14 @@ pub struct Config {
     pub image: Image,
     /// The pods' cgroups on the host.
     pub cgroup: Cgroup,
+}
+
+/// `[handlers.NAME]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Handler {
+    /// An OCI runtime: a path, or a command's name.
+    pub runtime: PathBuf,
 }
 
 /// `[vm]`
@@ -174,6 +193,21 @@ impl Default for Config {
             log: "info".into(),
             monitor: PathBuf::new(),
             vmm: Vmm::Auto,
+            default_handler: handlers::PODVISOR.into(),
+            route_to_runc: vec![
+                Reason::HostNetwork,
+                Reason::HostPid,
+                Reason::HostIpc,
+                Reason::Privileged,
+            ],
+            route_namespaces: Vec::new(),
+            handlers: [(
+                handlers::RUNC.to_owned(),
+                Handler {
+                    runtime: "runc".into(),
+                },
+            )]
+            .into(),
             vm: Vm::default(),
             qemu: Qemu::default(),
             network: Network::default(),
@@ -268,6 +302,12 @@ impl Config {
                 problem: problem.into(),
             })
         };
+        if self.handlers.contains_key(handlers::PODVISOR) {
+            return refuse("handlers", "\"podvisor\" is the handler for VMs");
+        }
+        if !handlers::names(self).any(|name| name == self.default_handler) {
+            return refuse("default_handler", "is no handler");
+        }
         if self.vm.vcpus == 0 {
             return refuse("vm.vcpus", "a VM needs at least one");
         }
@@ -311,6 +351,11 @@ impl Config {
     /// The guest's initramfs.
     pub fn initramfs_path(&self) -> PathBuf {
         self.vm.guest_dir.join("initramfs.cpio")
+    }
+
+    /// Where layers of images are mounted for pods on the host.
+    pub fn layers_dir(&self) -> PathBuf {
+        self.run_dir.join("layers")
     }
 
     /// The CRI socket.
@@ -368,6 +413,8 @@ mod tests {
         let file = dir.path().join("config.toml");
         for (text, key) in [
             ("[vm]\nvcpus = 0\n", "vm.vcpus"),
+            ("default_handler = \"x\"\n", "default_handler"),
+            ("[handlers.podvisor]\nruntime = \"x\"\n", "handlers"),
             ("[vm]\nmemory_mib = 8\n", "vm.memory_mib"),
             ("[image]\nparallel_layers = 0\n", "image.parallel_layers"),
             ("[cgroup]\nparent = \"x\"\n", "cgroup.parent"),

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podvisor_image::ImageStore;
 use podvisor_network::Cni;
+use podvisor_oci::rootfs::Layers;
 use podvisor_proto::monitor::WatchRequest;
 use tokio_stream::StreamExt;
 use tracing::{debug, info, warn};
@@ -34,6 +35,8 @@ pub struct Daemon {
     pub store: Store,
     /// Images.
     pub images: ImageStore,
+    /// Their layers, mounted for pods on the host.
+    pub layers: Arc<Layers>,
     /// CNI.
     pub cni: Cni,
     /// Pods and containers.
@@ -108,6 +111,10 @@ impl Daemon {
         let last = read_state_file(&self.sandbox_dir(&pod.id));
         let record = pod.monitor_gone(last, "the pod's monitor died", now_ns());
         warn!(sandbox = pod.id, "monitor died: the pod is dead");
+        if Self::is_on_host(&record) {
+            // With a VM, its containers are dead too.
+            self.kill_processes(&record).await;
+        }
         if let Err(error) = self.store.put_sandbox(record).await {
             warn!(sandbox = pod.id, %error, "cannot record the pod's death");
         }

@@ -1,6 +1,7 @@
-//! What the guest is told of its pod: name, resolver, addresses.
+//! What the guest, or a pod on the host, is told of its pod: name, resolver, addresses.
 
 use std::fmt::Write;
+use std::net::IpAddr;
 
 use podvisor_network::PodNetwork;
 use podvisor_proto::{agent, cri};
@@ -12,7 +13,7 @@ const SHORT_ID: usize = 12;
 pub fn sandbox(
     id: &str,
     config: &cri::PodSandboxConfig,
-    network: &PodNetwork,
+    ips: &[IpAddr],
     huge_pages: u64,
 ) -> agent::ConfigureSandboxRequest {
     let hostname = hostname(id, config);
@@ -24,9 +25,20 @@ pub fn sandbox(
     }
     agent::ConfigureSandboxRequest {
         resolv_conf: resolv_conf(config),
-        hosts: hosts(&hostname, network),
+        hosts: hosts(&hostname, ips),
         hostname,
         sysctls,
+        ..Default::default()
+    }
+}
+
+/// As [`sandbox`], for a pod that uses the node's network: by the node's names.
+pub fn host_network_sandbox(config: &cri::PodSandboxConfig) -> agent::ConfigureSandboxRequest {
+    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    agent::ConfigureSandboxRequest {
+        resolv_conf: resolv_conf(config),
+        hosts: read("/etc/hosts"),
+        hostname: read("/proc/sys/kernel/hostname").trim_end().to_owned(),
         ..Default::default()
     }
 }
@@ -83,10 +95,10 @@ fn resolv_conf(config: &cri::PodSandboxConfig) -> String {
     text
 }
 
-fn hosts(hostname: &str, network: &PodNetwork) -> String {
+fn hosts(hostname: &str, ips: &[IpAddr]) -> String {
     let mut text =
         String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    for ip in &network.ips {
+    for ip in ips {
         let _ = writeln!(text, "{ip}\t{hostname}");
     }
     text

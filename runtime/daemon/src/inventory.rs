@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use crate::cgroup::hierarchy::{self, Hierarchy};
 use crate::mountinfo;
 
-pub use remove::RemoveError;
+pub use remove::{RemoveError, remove_folder};
 
 /// An instance's folders.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub enum Kind {
     Netns,
     /// A sandbox's folder with its sockets and its monitor's state.
     Folder,
-    /// A pod's writable disk.
+    /// A pod's writable disk, or the folder of its writable layers.
     Scratch,
     /// What an interrupted write has left.
     TemporaryFile,
@@ -127,6 +127,7 @@ pub fn scan(places: &Places) -> io::Result<Vec<Resource>> {
     found.extend(in_folder(Kind::Netns, run_dir.join("netns"), "")?);
     found.extend(in_folder(Kind::Folder, run_dir.join("sandboxes"), "")?);
     found.extend(in_folder(Kind::Scratch, data_dir.join("scratch"), ".img")?);
+    found.extend(in_folder(Kind::Scratch, data_dir.join("scratch"), "")?);
     found.extend(files(
         Kind::NetworkAttachment,
         &places.cni_cache_dir,

@@ -17,6 +17,8 @@
 //! | [`store`]        | what was asked, on disk                                               |
 //! | [`monitor`]      | the keeper of one pod: start it, find it, call it, see it die         |
 //! | [`spec`]         | the OCI spec of a container                                           |
+//! | [`handlers`]     | who runs a pod's containers: a VM's agent, or an OCI runtime          |
+//! | [`host`]         | what pods of the host's own have: root file systems, files            |
 //! | [`volumes`]      | what of the node's files a container sees                             |
 //! | [`vm_size`]      | vCPUs and memory of a pod's VM                                        |
 //! | [`guest_config`] | what the guest is told of its pod                                     |
@@ -38,6 +40,8 @@ pub mod container;
 pub mod daemon;
 pub mod error;
 pub mod guest_config;
+pub mod handlers;
+pub mod host;
 pub mod ids;
 pub mod inventory;
 pub mod monitor;

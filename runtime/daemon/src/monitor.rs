@@ -76,7 +76,7 @@ pub struct Monitor {
     channel: Channel,
 }
 
-/// The file descriptors that a new monitor inherits, beside its sockets.
+/// The file descriptors that the new monitor of a VM inherits, beside its sockets.
 #[derive(Debug)]
 pub struct LaunchFds {
     /// Guest kernel.
@@ -92,6 +92,7 @@ pub struct LaunchFds {
 impl Monitor {
     /// Starts the monitor at `binary` for the sandbox whose folder is `dir`, in `cgroup`. The VM
     /// begins to boot before this returns. The fields of `launch` that hold descriptors are set here.
+    /// `fds`: a VM's.
     ///
     /// # Errors
     /// The binary cannot be executed, a socket cannot be bound, the cgroup refuses the process.
@@ -100,23 +101,25 @@ impl Monitor {
         dir: &Path,
         cgroup: &PodCgroup,
         mut launch: Launch,
-        fds: LaunchFds,
+        fds: Option<LaunchFds>,
     ) -> Result<Self> {
         let sockets = SocketDir::open(dir).map_err(Error::io(dir.display().to_string()))?;
         let bind = |name| StdUnixListener::bind(sockets.path(name)).map_err(Error::io(name));
-        let (grpc, vsock) = (bind("monitor.sock")?, bind("vsock.sock")?);
+        let grpc = bind("monitor.sock")?;
         let fd_socket = bind_seqpacket(&sockets.path("fd.sock")).map_err(Error::io("fd.sock"))?;
         let dir_file = std::fs::File::open(dir).map_err(Error::io(dir.display().to_string()))?;
         let log =
             std::fs::File::create(dir.join("monitor.log")).map_err(Error::io("monitor.log"))?;
 
-        let vm = launch.vm.get_or_insert_default();
-        vm.kernel_fd = fds.kernel.as_raw_fd();
-        vm.initramfs_fd = fds.initramfs.as_raw_fd();
-        vm.tap_fd = fds.tap.as_raw_fd();
-        launch.scratch_fd = fds.scratch.as_raw_fd();
+        let vsock = fds.as_ref().map(|_| bind("vsock.sock")).transpose()?;
+        if let (Some(vm), Some(fds), Some(vsock)) = (&mut launch.vm, &fds, &vsock) {
+            vm.kernel_fd = fds.kernel.as_raw_fd();
+            vm.initramfs_fd = fds.initramfs.as_raw_fd();
+            vm.tap_fd = fds.tap.as_raw_fd();
+            launch.scratch_fd = fds.scratch.as_raw_fd();
+            launch.vsock_fd = vsock.as_raw_fd();
+        }
         launch.grpc_fd = grpc.as_raw_fd();
-        launch.vsock_fd = vsock.as_raw_fd();
         launch.fd_socket_fd = fd_socket.as_raw_fd();
         launch.dir_fd = dir_file.as_raw_fd();
         let mut command =

@@ -15,6 +15,8 @@ pub struct Mount {
     pub root: PathBuf,
     /// Where.
     pub point: PathBuf,
+    /// What is mounted below it is mounted elsewhere too: it is in a peer group (mount_namespaces(7)).
+    pub is_shared: bool,
     /// Type of the file system.
     pub fs_type: String,
     /// The file system's own options, split.
@@ -43,13 +45,16 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let root = path(fields.next()?);
     let point = path(fields.next()?);
     // Mount options, then optional fields up to a lone hyphen.
-    fields.find(|field| *field == b"-")?;
+    let mut optional = fields.by_ref().take_while(|field| *field != b"-");
+    let is_shared = optional.any(|field| field.starts_with(b"shared:"));
+    optional.for_each(drop);
     let fs_type = text(fields.next()?);
     let super_options = text(fields.nth(1)?).split(',').map(str::to_owned).collect();
     Some(Mount {
         device,
         root,
         point,
+        is_shared,
         fs_type,
         super_options,
     })

@@ -44,6 +44,9 @@ impl Daemon {
             self.sweep_volumes(&pod).await;
         }
         self.sweep().await;
+        if let Err(error) = self.drop_unused_layers(None).await {
+            warn!(%error, "layers are left mounted");
+        }
         Ok(())
     }
 
@@ -83,6 +86,9 @@ impl Daemon {
         let pod = Arc::new(Pod::new(record, name, snapshot, monitor.map(Arc::new)));
         if died_meanwhile {
             warn!(sandbox = id, "the monitor died while podvisord was away");
+            if Self::is_on_host(&pod.record()) {
+                self.kill_processes(&pod.record()).await;
+            }
             let record = pod.monitor_gone(None, "the pod's monitor died", now_ns());
             self.store.put_sandbox(record).await?;
         }

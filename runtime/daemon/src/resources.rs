@@ -58,6 +58,10 @@ impl Daemon {
     /// # Errors
     /// The node does not have them.
     pub async fn place(&self, pod: &Pod) -> Result<()> {
+        if Self::is_on_host(&pod.record()) {
+            // There the containers have control groups of their own.
+            return Ok(());
+        }
         let mut wanted = Vec::new();
         for container in self.pods.containers_of(&pod.id) {
             if container.state().state() != monitor::ContainerState::Exited {

@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 use podvisor_image::{ImageStore, Limits, Registries};
 use podvisor_network::{Cni, CniConfig};
+use podvisor_oci::rootfs::Layers;
 use podvisor_proto::control::control_server::ControlServer;
 use podvisor_proto::cri::image_service_server::ImageServiceServer;
 use podvisor_proto::cri::runtime_service_server::RuntimeServiceServer;
@@ -123,6 +124,7 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
         warnings,
         store,
         images,
+        layers: Arc::new(Layers::new(config.layers_dir())),
         cni,
         pods: Pods::default(),
         sandbox_names: Names::default(),

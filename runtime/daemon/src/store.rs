@@ -108,6 +108,12 @@ pub struct SandboxRecord {
     /// Start time of that process.
     #[prost(uint64, tag = "12")]
     pub fs_start: u64,
+    /// Name of the handler it has; empty: "podvisor".
+    #[prost(string, tag = "13")]
+    pub handler: String,
+    /// Why it has that one though it asked for none: [`crate::handlers::Reason::name`].
+    #[prost(string, tag = "14")]
+    pub routed: String,
 }
 
 /// A container, as asked for.

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use podvisor_monitor::launcher::inherited_fds;
-use podvisor_proto::monitor::{Launch, VmSpec};
+use podvisor_proto::monitor::{HostSpec, Launch, VmSpec};
 use prost::Message;
 use thiserror::Error;
 
@@ -49,10 +49,30 @@ pub struct Inherited {
     pub grpc: UnixListener,
     /// Listens for file descriptors.
     pub fd_socket: OwnedFd,
-    /// Listens for `CONNECT port`.
-    pub vsock: UnixListener,
     /// The sandbox's folder.
     pub dir: OwnedFd,
+    /// Who is to run the containers.
+    pub runner: Runner,
+    /// Zero of the timeline, nanoseconds since the epoch.
+    pub requested_ns: u64,
+    /// Filter for the log.
+    pub log_filter: String,
+}
+
+/// Who is to run the pod's containers.
+#[derive(Debug)]
+pub enum Runner {
+    /// An agent in a VM.
+    Vm(Box<Vm>),
+    /// An OCI runtime on the host.
+    Host(HostSpec),
+}
+
+/// What a VM is made of.
+#[derive(Debug)]
+pub struct Vm {
+    /// Listens for `CONNECT port`.
+    pub vsock: UnixListener,
     /// The pod's writable disk.
     pub scratch: OwnedFd,
     /// Its size in bytes.
@@ -64,13 +84,9 @@ pub struct Inherited {
     /// Network device, when the pod has one.
     pub tap: Option<OwnedFd>,
     /// The VM's other properties.
-    pub vm: VmSpec,
+    pub spec: VmSpec,
     /// Until the agent has to be ready.
     pub boot_timeout: Duration,
-    /// Zero of the timeline, nanoseconds since the epoch.
-    pub requested_ns: u64,
-    /// Filter for the log.
-    pub log_filter: String,
 }
 
 /// Reads the launch message from `input` to its end and takes over the descriptors.
@@ -84,7 +100,7 @@ pub fn receive(input: impl Read) -> Result<Inherited, LaunchError> {
         .read_to_end(&mut bytes)
         .map_err(LaunchError::Read)?;
     let launch = Launch::decode(bytes.as_slice())?;
-    let vm = check(&launch)?;
+    check(&launch)?;
     let fds = inherited_fds(&launch);
     check_descriptors(&fds)?;
     close_on_exec()?;
@@ -92,37 +108,52 @@ pub fn receive(input: impl Read) -> Result<Inherited, LaunchError> {
     // SAFETY: `check_descriptors` found each number open and named once, none of them a standard
     // stream, and nothing in this process owned a descriptor that it inherited.
     let own = |fd: RawFd| unsafe { OwnedFd::from_raw_fd(fd) };
+    let runner = match (launch.vm, launch.host) {
+        (Some(vm), _) => Runner::Vm(Box::new(Vm {
+            vsock: own(launch.vsock_fd).into(),
+            scratch: own(launch.scratch_fd),
+            scratch_bytes: launch.scratch_bytes,
+            kernel: own(vm.kernel_fd),
+            initramfs: own(vm.initramfs_fd),
+            tap: (vm.tap_fd >= 0).then(|| own(vm.tap_fd)),
+            boot_timeout: Duration::from_millis(launch.boot_timeout_ms),
+            spec: vm,
+        })),
+        (None, host) => Runner::Host(host.unwrap_or_default()),
+    };
     Ok(Inherited {
         grpc: own(launch.grpc_fd).into(),
         fd_socket: own(launch.fd_socket_fd),
-        vsock: own(launch.vsock_fd).into(),
         dir: own(launch.dir_fd),
-        scratch: own(launch.scratch_fd),
-        kernel: own(vm.kernel_fd),
-        initramfs: own(vm.initramfs_fd),
-        tap: (vm.tap_fd >= 0).then(|| own(vm.tap_fd)),
         sandbox_id: launch.sandbox_id,
-        scratch_bytes: launch.scratch_bytes,
-        boot_timeout: Duration::from_millis(launch.boot_timeout_ms),
+        runner,
         requested_ns: launch.requested_ns,
         log_filter: launch.log_filter,
-        vm,
     })
 }
 
-fn check(launch: &Launch) -> Result<VmSpec, LaunchError> {
-    let invalid = LaunchError::Invalid;
-    let vm = launch.vm.clone().ok_or(invalid("no VM"))?;
+fn check(launch: &Launch) -> Result<(), LaunchError> {
+    let invalid = |what| Err(LaunchError::Invalid(what));
     if launch.sandbox_id.is_empty() {
-        return Err(invalid("no sandbox id"));
+        return invalid("no sandbox id");
     }
-    if launch.boot_timeout_ms == 0 {
-        return Err(invalid("no boot timeout"));
+    match (&launch.vm, &launch.host) {
+        (Some(vm), None) => {
+            if launch.boot_timeout_ms == 0 {
+                return invalid("no boot timeout");
+            }
+            if vm.vcpus == 0 || vm.memory_bytes == 0 {
+                return invalid("a VM without CPUs or memory");
+            }
+        }
+        (None, Some(host)) => {
+            if host.runtime.is_empty() || host.dir.is_empty() {
+                return invalid("no OCI runtime, or no folder");
+            }
+        }
+        _ => return invalid("not one of a VM and a pod on the host"),
     }
-    if vm.vcpus == 0 || vm.memory_bytes == 0 {
-        return Err(invalid("a VM without CPUs or memory"));
-    }
-    Ok(vm)
+    Ok(())
 }
 
 /// Each is open, named once, and not a standard stream.
@@ -202,7 +233,7 @@ mod tests {
         let launch = launch(&mut open_fd);
         let inherited = receive(launch.encode_to_vec().as_slice()).expect("a good launch");
         assert_eq!(inherited.grpc.as_raw_fd(), launch.grpc_fd);
-        assert!(inherited.tap.is_none());
+        assert!(matches!(inherited.runner, Runner::Vm(vm) if vm.tap.is_none()));
         // SAFETY: F_GETFD touches no memory.
         let flags = unsafe { libc::fcntl(launch.dir_fd, libc::F_GETFD) };
         assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);

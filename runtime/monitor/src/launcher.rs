@@ -10,15 +10,14 @@ use podvisor_proto::monitor::Launch;
 
 /// The descriptors that `launch` names, without the network's when there is none.
 pub fn inherited_fds(launch: &Launch) -> Vec<RawFd> {
-    let mut fds = vec![
-        launch.grpc_fd,
-        launch.fd_socket_fd,
-        launch.vsock_fd,
-        launch.dir_fd,
-        launch.scratch_fd,
-    ];
+    let mut fds = vec![launch.grpc_fd, launch.fd_socket_fd, launch.dir_fd];
     if let Some(vm) = &launch.vm {
-        fds.extend([vm.kernel_fd, vm.initramfs_fd]);
+        fds.extend([
+            launch.vsock_fd,
+            launch.scratch_fd,
+            vm.kernel_fd,
+            vm.initramfs_fd,
+        ]);
         if vm.tap_fd >= 0 {
             fds.push(vm.tap_fd);
         }
@@ -39,6 +38,11 @@ pub fn command(binary: &Path, dir: &Path, launch: &Launch, log: Stdio) -> Comman
     command
         .arg(dir)
         .env_clear()
+        // Where an OCI runtime, and what that may run, is.
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
         .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())

@@ -1,5 +1,5 @@
-//! podvisor-monitor: keeper of one pod. It owns the VM, knows what its containers do, and writes
-//! their logs; podvisord may die and come back meanwhile.
+//! podvisor-monitor: keeper of one pod. It owns the VM, or the containers of a pod that is the host's own,
+//! knows what they do, and writes their logs; podvisord may die and come back meanwhile.
 //!
 //! - [`launch`]: what podvisord hands over at the start
 //! - [`vm`]: the VM's life
@@ -34,7 +34,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use podvisor_proto::monitor::monitor_server::MonitorServer;
-use podvisor_proto::monitor::{SandboxState, Snapshot};
+use podvisor_proto::monitor::{HostSpec, SandboxState, Snapshot};
 use podvisor_vmm::qemu::TscMeter;
 use podvisor_vmm::{Access, FsDevice, NetConfig, SegmentMap, VmConfig, VsockDevice, VsockListener};
 use tokio::signal::unix::{SignalKind, signal};
@@ -44,10 +44,14 @@ use tracing::{error, info, warn};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
 
+use agent::Observer;
 use console::Console;
 use fd_table::FdTable;
-use launch::Inherited;
-use pod::{Parts, Pod};
+use launch::{Inherited, Runner};
+use pod::Pod;
+use pod::guest::VmParts;
+use pod::host::{Host, OwnNamespaces};
+use podvisor_oci::children::Children;
 use state::{State, now_ns};
 
 /// Address of the guest in vsock; one VM has one vsock device, so all guests have the same.
@@ -69,6 +73,9 @@ fn main() -> anyhow::Result<()> {
         }
         return Ok(());
     }
+    if std::env::args().nth(1).as_deref() == Some(podvisor_oci::pause::ARGUMENT) {
+        return podvisor_oci::pause::run().context("the pod's first process");
+    }
     let tsc = TscMeter::start();
     // SAFETY: first thing in the process, no other thread allocates yet. Few arenas and early return
     // of memory: dozens of monitors share a node.
@@ -82,7 +89,6 @@ fn main() -> anyhow::Result<()> {
     // Fails only for who leads a session already.
     let _ = nix::unistd::setsid();
     ignore_signals();
-    podvisor_vmm::seccomp::report_violations();
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -126,24 +132,6 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
     let span = tracing::info_span!("pod", sandbox = inherited.sandbox_id);
     let _entered = span.enter();
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
-    let backend = vm::backend(&inherited.vm)?;
-
-    let (console, console_writer) = Console::new().context("the console's pipe")?;
-    let (vsock_device, vsock) = VsockDevice::new(GUEST_CID).context("vsock")?;
-    vsock.serve(inherited.vsock).context("the vsock socket")?;
-    let agent_connections = vsock.listen(agent::CONTROL_PORT);
-
-    let (fs_device, fs) = FsDevice::new().context("the fs device")?;
-    let disk = SegmentMap::new();
-    let scratch = disk
-        .insert(
-            inherited.scratch.into(),
-            0,
-            inherited.scratch_bytes,
-            Access::Ephemeral,
-        )
-        .context("the scratch file")?;
-
     let fds = FdTable::default();
     let initial = Snapshot {
         sandbox_id: inherited.sandbox_id.clone(),
@@ -151,49 +139,12 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
         monitor_pid: std::process::id(),
         ..Snapshot::default()
     };
-    let pod = Pod::new(Parts {
-        state: State::new(initial, inherited.dir),
-        console,
-        fds: fds.clone(),
-        disk: disk.clone(),
-        fs,
-        scratch: podvisor_proto::agent::Segment {
-            start: scratch.start,
-            length: scratch.length,
-        },
-        dial: Box::new(move |port| {
-            let vsock = vsock.clone();
-            Box::pin(async move { vsock.connect(port).await })
-        }),
-        requested_ns: inherited.requested_ns,
-        vcpus: inherited.vm.vcpus,
-        memory_bytes: inherited.vm.memory_bytes,
-    });
-
-    let config = VmConfig {
-        id: inherited.sandbox_id,
-        vcpus: inherited.vm.vcpus,
-        memory_bytes: inherited.vm.memory_bytes,
-        kernel: inherited.kernel,
-        initramfs: inherited.initramfs,
-        cmdline: vm::kernel_cmdline(&backend, tsc, &inherited.vm.cmdline),
-        net: inherited.tap.map(|tap| NetConfig {
-            tap,
-            mac: inherited.vm.mac,
-        }),
-        disk,
-        vsock: vsock_device,
-        fs: fs_device,
-        console: console_writer,
+    let state = State::new(initial, inherited.dir);
+    let times = (inherited.requested_ns, begin_ns);
+    let pod = match inherited.runner {
+        Runner::Vm(vm) => start_vm(inherited.sandbox_id, *vm, state, fds.clone(), times, tsc)?,
+        Runner::Host(spec) => start_on_host(spec, state, fds.clone(), times)?,
     };
-    pod.add_phase("monitor start", begin_ns, now_ns());
-    tokio::spawn(vm::run(
-        Arc::clone(&pod),
-        config,
-        backend,
-        inherited.boot_timeout,
-    ));
-    tokio::spawn(keep_agent(Arc::clone(&pod), agent_connections));
     tokio::spawn(serve_fds(fds, inherited.fd_socket));
     tokio::spawn({
         let pod = Arc::clone(&pod);
@@ -205,6 +156,102 @@ async fn run(inherited: Inherited, begin_ns: u64, tsc: TscMeter) -> anyhow::Resu
         }
     });
     serve(&pod, inherited.grpc).await
+}
+
+/// `times`: when the pod was asked for and when this process began, nanoseconds since the epoch.
+fn start_vm(
+    id: String,
+    vm: launch::Vm,
+    state: State,
+    fds: FdTable,
+    (requested_ns, begin_ns): (u64, u64),
+    tsc: TscMeter,
+) -> anyhow::Result<Arc<Pod>> {
+    podvisor_vmm::seccomp::report_violations();
+    let backend = vm::backend(&vm.spec)?;
+    let (console, console_writer) = Console::new().context("the console's pipe")?;
+    let (vsock_device, vsock) = VsockDevice::new(GUEST_CID).context("vsock")?;
+    vsock.serve(vm.vsock).context("the vsock socket")?;
+    let agent_connections = vsock.listen(agent::CONTROL_PORT);
+    let (fs_device, fs) = FsDevice::new().context("the fs device")?;
+    let disk = SegmentMap::new();
+    let scratch = disk
+        .insert(vm.scratch.into(), 0, vm.scratch_bytes, Access::Ephemeral)
+        .context("the scratch file")?;
+
+    let parts = VmParts {
+        console,
+        disk: disk.clone(),
+        fs,
+        scratch: podvisor_proto::agent::Segment {
+            start: scratch.start,
+            length: scratch.length,
+        },
+        dial: Box::new(move |port| {
+            let vsock = vsock.clone();
+            Box::pin(async move { vsock.connect(port).await })
+        }),
+        vcpus: vm.spec.vcpus,
+        memory_bytes: vm.spec.memory_bytes,
+    };
+    let pod = Pod::in_vm(state, fds, requested_ns, parts);
+    pod.add_phase("monitor start", begin_ns, now_ns());
+    let config = VmConfig {
+        id,
+        vcpus: vm.spec.vcpus,
+        memory_bytes: vm.spec.memory_bytes,
+        kernel: vm.kernel,
+        initramfs: vm.initramfs,
+        cmdline: vm::kernel_cmdline(&backend, tsc, &vm.spec.cmdline),
+        net: vm.tap.map(|tap| NetConfig {
+            tap,
+            mac: vm.spec.mac,
+        }),
+        disk,
+        vsock: vsock_device,
+        fs: fs_device,
+        console: console_writer,
+    };
+    let boot_timeout = vm.boot_timeout;
+    tokio::spawn(vm::run(Arc::clone(&pod), config, backend, boot_timeout));
+    tokio::spawn(keep_agent(Arc::clone(&pod), agent_connections));
+    Ok(pod)
+}
+
+/// `times`: as with [`start_vm`].
+fn start_on_host(
+    spec: HostSpec,
+    state: State,
+    fds: FdTable,
+    (requested_ns, begin_ns): (u64, u64),
+) -> anyhow::Result<Arc<Pod>> {
+    let children = Children::adopt().context("becoming a subreaper")?;
+    let own = OwnNamespaces {
+        uts: spec.own_uts,
+        ipc: spec.own_ipc,
+    };
+    let (tell, mut news) = tokio::sync::mpsc::unbounded_channel();
+    let (runtime, dir) = (spec.runtime.into(), spec.dir.into());
+    let host = Host::new(runtime, dir, own, children.clone(), tell);
+    let pod = Pod::on_host(
+        state,
+        fds,
+        requested_ns,
+        host.context("the pod's namespaces")?,
+    );
+    pod.add_phase("monitor start", begin_ns, now_ns());
+    let observer = Arc::clone(&pod);
+    tokio::spawn(async move {
+        while let Some(event) = news.recv().await {
+            observer.event(event);
+        }
+    });
+    tokio::spawn(async move {
+        if let Err(error) = children.reap_orphans().await {
+            error!(%error, "orphans are not reaped any more");
+        }
+    });
+    Ok(pod)
 }
 
 async fn keep_agent(pod: Arc<Pod>, connections: VsockListener) {

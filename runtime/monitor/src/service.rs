@@ -51,6 +51,10 @@ async fn detached<T: Send + 'static>(
     task.map_err(|panic| PodError::Internal(panic.to_string()))
 }
 
+fn no_vm() -> Status {
+    Status::failed_precondition("the pod is one of the host's own: it has no VM")
+}
+
 #[tonic::async_trait]
 impl Monitor for Service {
     async fn watch(
@@ -157,7 +161,8 @@ impl Monitor for Service {
         request: Request<ConsoleRequest>,
     ) -> Result<Response<BoxStream<ConsoleChunk>>, Status> {
         let finished = self.pod.finished().clone();
-        let chunks = self.pod.console().read(request.into_inner().follow);
+        let guest = self.pod.guest().ok_or_else(no_vm)?;
+        let chunks = guest.console().read(request.into_inner().follow);
         let chunks = chunks.take_until(finished.cancelled_owned());
         let answers = chunks.map(|data| {
             Ok(ConsoleChunk {
@@ -171,7 +176,7 @@ impl Monitor for Service {
         &self,
         _request: Request<VmStatsRequest>,
     ) -> Result<Response<VmStatsResponse>, Status> {
-        let stats = self.pod.vm_stats();
+        let stats = self.pod.guest().ok_or_else(no_vm)?.stats();
         let stats = stats.ok_or_else(|| Status::failed_precondition("the VM does not run yet"))?;
         Ok(Response::new(stats))
     }

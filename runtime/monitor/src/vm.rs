@@ -10,6 +10,7 @@ use podvisor_vmm::qemu::{Accel, QemuConfig, TscMeter};
 use podvisor_vmm::{Backend, ExitReason, VmConfig, seccomp};
 use tokio::time::{Instant, timeout_at};
 
+use crate::pod::guest::Guest;
 use crate::pod::{PHASE_VM_START, Pod};
 use crate::state::now_ns;
 
@@ -69,13 +70,15 @@ pub fn kernel_cmdline(backend: &Backend, tsc: TscMeter, more: &str) -> String {
 /// Starts the VM, waits for its end, and records why it ended. Has to run on the main thread: the
 /// kernel kills QEMU when the thread that started it ends.
 pub async fn run(pod: Arc<Pod>, config: VmConfig, backend: Backend, boot_timeout: Duration) {
-    let (reason, message) = live(&pod, config, backend, boot_timeout).await;
-    pod.set_vm_gone(reason, message).await;
+    let Some(guest) = pod.guest() else { return };
+    let (reason, message) = live(&pod, guest, config, backend, boot_timeout).await;
+    pod.set_gone(reason, message).await;
 }
 
 /// One word and a sentence about the end.
 async fn live(
     pod: &Pod,
+    guest: &Guest,
     config: VmConfig,
     backend: Backend,
     boot_timeout: Duration,
@@ -85,12 +88,12 @@ async fn live(
     // Its end is corrected by the guest's own clock, once the agent is there.
     let started = tokio::select! {
         started = timeout_at(boot_deadline, podvisor_vmm::start(config, backend)) => started,
-        () = pod.vm_kill().cancelled() => return ("Shutdown", String::new()),
+        () = guest.kill().cancelled() => return ("Shutdown", String::new()),
     };
     let mut vm = match started {
         Ok(Ok(vm)) => vm,
         Ok(Err(error)) => {
-            let message = with_console(pod, &format!("the VM did not start: {error}")).await;
+            let message = with_console(guest, &format!("the VM did not start: {error}")).await;
             return ("VmmExited", message);
         }
         Err(_) => return ("BootTimeout", boot_timeout_message(boot_timeout)),
@@ -103,37 +106,37 @@ async fn live(
     pod.add_phase(PHASE_VM_START, start_ns, now_ns());
     let vmm_pid = vm.pid().unwrap_or_default();
     pod.state().update(|snapshot| snapshot.vmm_pid = vmm_pid);
-    pod.set_vm_counters(vm.backend(), vm.counters());
+    guest.set_counters(vm.backend(), vm.counters());
     tracing::info!(vmm_pid, backend = vm.backend(), "the VM runs");
 
     let booted = async {
         tokio::select! {
-            booted = timeout_at(boot_deadline, pod.agent_ready()) => booted.is_ok(),
-            () = pod.vm_kill().cancelled() => true,
+            booted = timeout_at(boot_deadline, guest.agent_ready()) => booted.is_ok(),
+            () = guest.kill().cancelled() => true,
         }
     };
     tokio::select! {
-        exit = vm.exited() => return exit_reason(pod, exit).await,
+        exit = vm.exited() => return exit_reason(pod, guest, exit).await,
         booted = booted => if !booted {
             vm.kill().await;
-            let message = with_console(pod, &boot_timeout_message(boot_timeout)).await;
+            let message = with_console(guest, &boot_timeout_message(boot_timeout)).await;
             return ("BootTimeout", message);
         }
     }
     tokio::select! {
-        exit = vm.exited() => exit_reason(pod, exit).await,
-        () = pod.vm_kill().cancelled() => {
+        exit = vm.exited() => exit_reason(pod, guest, exit).await,
+        () = guest.kill().cancelled() => {
             vm.kill().await;
             ("Shutdown", String::new())
         }
     }
 }
 
-async fn exit_reason(pod: &Pod, exit: ExitReason) -> (&'static str, String) {
+async fn exit_reason(pod: &Pod, guest: &Guest, exit: ExitReason) -> (&'static str, String) {
     if pod.is_shutting_down() {
         return ("Shutdown", String::new());
     }
-    let message = with_console(pod, &exit.to_string()).await;
+    let message = with_console(guest, &exit.to_string()).await;
     let panicked = exit == ExitReason::GuestPanic || message.contains(PANIC_MARK);
     let reason = match exit {
         _ if panicked => "GuestPanic",
@@ -150,8 +153,8 @@ fn boot_timeout_message(boot_timeout: Duration) -> String {
 }
 
 /// `message` and the guest's last words.
-async fn with_console(pod: &Pod, message: &str) -> String {
-    let tail = pod.console().tail_at_end().await;
+async fn with_console(guest: &Guest, message: &str) -> String {
+    let tail = guest.console().tail_at_end().await;
     if tail.is_empty() {
         return format!("{message}; its console is empty");
     }

@@ -5,6 +5,7 @@ mod bad_images;
 mod bad_input;
 mod cli;
 mod containers;
+mod host_pods;
 mod images;
 mod network;
 mod pods;

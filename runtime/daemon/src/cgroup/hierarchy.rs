@@ -14,6 +14,16 @@ pub struct Hierarchy {
     pub kind: Kind,
 }
 
+impl Hierarchy {
+    /// A group below this one, as if it were a hierarchy.
+    pub fn child(&self, below: impl AsRef<Path>) -> Self {
+        Self {
+            root: self.root.join(below),
+            kind: self.kind,
+        }
+    }
+}
+
 /// Kinds of hierarchies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
@@ -115,6 +125,7 @@ mod tests {
 
     fn mount(device: &str, root: &str, point: &str, fs_type: &str, options: &str) -> Mount {
         Mount {
+            is_shared: false,
             device: device.into(),
             root: root.into(),
             point: point.into(),

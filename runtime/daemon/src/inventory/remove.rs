@@ -103,8 +103,11 @@ fn unmount(path: &Path) -> Result<(), RemoveError> {
     }
 }
 
-/// Never across a mount: a volume's files are the node's, or another pod's.
-fn remove_folder(path: &Path) -> Result<(), RemoveError> {
+/// Removes a folder and what is in it; fine when it is gone. Blocking.
+///
+/// # Errors
+/// Something is mounted in it: never across a mount, a volume's files are the node's, or another pod's.
+pub fn remove_folder(path: &Path) -> Result<(), RemoveError> {
     let mounts = mountinfo::read().map_err(failed(path, "read the mount table"))?;
     if let Some(mount) = mounts
         .into_iter()

@@ -95,7 +95,9 @@ fn an_empty_instance_has_nothing() {
 fn files_are_found_by_name_and_removed() {
     let instance = Instance::new();
     fs::create_dir(instance.path(&format!("run/sandboxes/{ID}"))).unwrap();
+    fs::create_dir(instance.path(&format!("data/scratch/{ID}"))).unwrap();
     for file in [
+        format!("data/scratch/{ID}/written"),
         format!("run/sandboxes/{ID}/monitor.sock"),
         format!("run/netns/{ID}"),
         format!("data/scratch/{ID}.img"),
@@ -105,7 +107,7 @@ fn files_are_found_by_name_and_removed() {
         // Not ours to judge.
         format!("run/sandboxes/{ID}.old"),
         "run/netns/cni-1234".into(),
-        format!("data/scratch/{ID}"),
+        format!("data/scratch/{ID}.old"),
         "data/cni/README".into(),
     ] {
         instance.write(&file);
@@ -119,6 +121,7 @@ fn files_are_found_by_name_and_removed() {
             Kind::NetworkAttachment,
             Kind::Netns,
             Kind::Folder,
+            Kind::Scratch,
             Kind::Scratch,
             Kind::TemporaryFile,
             Kind::TemporaryFile,

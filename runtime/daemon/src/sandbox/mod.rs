@@ -4,6 +4,7 @@
 mod request;
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,8 +22,8 @@ use crate::ids::{self, Reservation};
 use crate::monitor::{LaunchFds, Monitor};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
-use crate::{guest_config, inventory, vm_size};
-use request::{port_mappings, validate};
+use crate::{guest_config, handlers, host, inventory, vm_size};
+use request::{for_a_vm, for_the_host, port_mappings, validate};
 
 /// How long a monitor may take to end its VM after all containers are dead.
 const SHUTDOWN: Duration = Duration::from_secs(20);
@@ -44,8 +45,16 @@ impl Daemon {
         config: cri::PodSandboxConfig,
         runtime_handler: String,
     ) -> Result<String> {
-        validate(&config, &runtime_handler)?;
-        self.cni.status().await?;
+        validate(&config)?;
+        let decision = handlers::decide(&self.config, &config, &runtime_handler)?;
+        if handlers::is_vm(&decision.handler) {
+            for_a_vm(&config)?;
+        } else {
+            for_the_host(&config)?;
+        }
+        if !(decision.handler != handlers::PODVISOR && host::shares_network(&config)) {
+            self.cni.status().await?;
+        }
         let id = ids::new_id()?;
         let metadata = config.metadata.clone().unwrap_or_default();
         let name = self
@@ -55,10 +64,23 @@ impl Daemon {
             id: id.clone(),
             config: Some(config),
             runtime_handler,
+            routed: decision
+                .routed
+                .map(|r| r.name().to_owned())
+                .unwrap_or_default(),
+            handler: decision.handler,
             created_ns: now_ns() as i64,
             phase: Phase::Creating as i32,
             ..Default::default()
         };
+        if !record.routed.is_empty() {
+            info!(
+                sandbox = id,
+                handler = record.handler,
+                because = record.routed,
+                "routed: a VM cannot give the pod what it asks for"
+            );
+        }
         // A task of its own: dropping this future, as tonic does when the client goes away, cancels
         // the creation in an orderly way instead of abandoning it half done.
         let cancel = CancellationToken::new();
@@ -106,7 +128,7 @@ impl Daemon {
         }
     }
 
-    /// The VM boots while CNI works: the guest needs its addresses only when its agent is up.
+    /// A VM boots while CNI works: the guest needs its addresses only when its agent is up.
     async fn create(
         self: &Arc<Self>,
         record: &mut SandboxRecord,
@@ -115,38 +137,32 @@ impl Daemon {
         let id = record.id.clone();
         let config = record.config.clone().unwrap_or_default();
         let mut timeline = Timeline::new(record.created_ns as u64);
-        let size = vm_size::of(&config, &self.config.vm)?;
-
-        let prepared = timeline
-            .phase("host resources", self.prepare(&id, &config))
-            .await?;
-        let launch = monitor::Launch {
-            sandbox_id: id.clone(),
-            vm: Some(monitor::VmSpec {
-                vcpus: size.vcpus,
-                memory_bytes: size.memory_bytes,
-                cmdline: self.config.vm.kernel_args.clone(),
-                mac: START_MAC.into(),
-                backend: self.vmm.backend.into(),
-                qemu: self.config.qemu.binary.display().to_string(),
-                accel: self.vmm.accel.into(),
-                ..Default::default()
-            }),
-            scratch_bytes: self.config.vm.scratch_mib << 20,
-            boot_timeout_ms: self.config.boot_timeout().as_millis() as u64,
-            requested_ns: record.created_ns as u64,
-            log_filter: self.config.log.clone(),
-            ..Default::default()
+        let runtime = handlers::runtime(&self.config, &record.handler)?;
+        let in_vm = runtime.is_none();
+        let prepare = async {
+            match runtime {
+                None => self.prepare_vm(&id, &config).await,
+                Some(runtime) => self.prepare_host(&id, &config, &runtime).await,
+            }
         };
+        let Prepared {
+            cgroup,
+            fds,
+            mut launch,
+            huge_pages,
+        } = timeline.phase("host resources", prepare).await?;
+        launch.sandbox_id.clone_from(&id);
+        launch.requested_ns = record.created_ns as u64;
+        launch.log_filter.clone_from(&self.config.log);
         let monitor = timeline
             .phase(
                 "monitor spawn",
                 Monitor::launch(
                     &self.config.monitor_path().map_err(Error::io("monitor"))?,
                     &self.sandbox_dir(&id),
-                    &prepared.cgroup,
+                    &cgroup,
                     launch,
-                    prepared.fds,
+                    fds,
                 ),
             )
             .await?;
@@ -156,9 +172,14 @@ impl Daemon {
 
         let attached = timeline
             .phase("CNI", async {
+                if !in_vm && host::shares_network(&config) {
+                    return Ok(None);
+                }
                 let network = self.cni.add(&self.attachment(&id, &config)?).await?;
-                podvisor_network::tc::mirror(&self.netns_path(&id), INTERFACE, TAP).await?;
-                Ok::<_, Error>(network)
+                if in_vm {
+                    podvisor_network::tc::mirror(&self.netns_path(&id), INTERFACE, TAP).await?;
+                }
+                Ok::<_, Error>(Some(network))
             })
             .await;
         let network = match attached {
@@ -170,17 +191,23 @@ impl Daemon {
                 return Err(error);
             }
         };
-        record.ips = network.ips.iter().map(ToString::to_string).collect();
-
-        let request = monitor::ConfigureRequest {
-            sandbox: Some(guest_config::sandbox(
-                &id,
-                &config,
-                &network,
-                size.huge_pages,
-            )),
-            network: Some(guest_config::network(&network)),
+        let request = match &network {
+            Some(network) => monitor::ConfigureRequest {
+                sandbox: Some(guest_config::sandbox(
+                    &id,
+                    &config,
+                    &network.ips,
+                    huge_pages,
+                )),
+                network: Some(guest_config::network(network)),
+            },
+            None => monitor::ConfigureRequest {
+                sandbox: Some(guest_config::host_network_sandbox(&config)),
+                network: None,
+            },
         };
+        let ips = network.map(|network| network.ips).unwrap_or_default();
+        record.ips = ips.iter().map(ToString::to_string).collect();
         let mut client = monitor.client();
         let configured = timeline
             .phase("wait for the guest", async {
@@ -228,8 +255,9 @@ impl Daemon {
         }
     }
 
-    /// What the host must have before a monitor can start: folder, cgroup, namespace, tap, disk.
-    async fn prepare(&self, id: &str, config: &cri::PodSandboxConfig) -> Result<Prepared> {
+    /// What a VM's monitor needs to start: folder, cgroup, namespace, tap, disk.
+    async fn prepare_vm(&self, id: &str, config: &cri::PodSandboxConfig) -> Result<Prepared> {
+        let size = vm_size::of(config, &self.config.vm)?;
         let dir = self.sandbox_dir(id);
         let netns_path = self.netns_path(id);
         let scratch_path = self.scratch_path(id);
@@ -244,7 +272,7 @@ impl Daemon {
         };
         let files = tokio::task::spawn_blocking(move || -> Result<_> {
             std::fs::create_dir(&dir).map_err(Error::io(dir.display().to_string()))?;
-            let open = |path: &std::path::Path| {
+            let open = |path: &Path| {
                 std::fs::File::open(path)
                     .map(OwnedFd::from)
                     .map_err(Error::io(format!("guest image {}", path.display())))
@@ -260,12 +288,71 @@ impl Daemon {
         let (kernel, initramfs, cgroup, scratch) = files.map_err(|_| Error::Cancelled)??;
         Ok(Prepared {
             cgroup,
-            fds: LaunchFds {
+            fds: Some(LaunchFds {
                 kernel,
                 initramfs,
                 tap,
                 scratch: scratch.into(),
+            }),
+            launch: monitor::Launch {
+                vm: Some(monitor::VmSpec {
+                    vcpus: size.vcpus,
+                    memory_bytes: size.memory_bytes,
+                    cmdline: self.config.vm.kernel_args.clone(),
+                    mac: START_MAC.into(),
+                    backend: self.vmm.backend.into(),
+                    qemu: self.config.qemu.binary.display().to_string(),
+                    accel: self.vmm.accel.into(),
+                    ..Default::default()
+                }),
+                scratch_bytes,
+                boot_timeout_ms: self.config.boot_timeout().as_millis() as u64,
+                ..Default::default()
             },
+            huge_pages: size.huge_pages,
+        })
+    }
+
+    /// What the monitor of a pod of the host's own needs to start: folder, cgroup, namespace, /dev/shm.
+    async fn prepare_host(
+        &self,
+        id: &str,
+        config: &cri::PodSandboxConfig,
+        runtime: &Path,
+    ) -> Result<Prepared> {
+        let place = self.place_of(id, config)?;
+        let (dir, writable) = (self.sandbox_dir(id), self.writable_dir(id));
+        let host = monitor::HostSpec {
+            runtime: runtime.display().to_string(),
+            dir: dir.display().to_string(),
+            own_uts: place.own_uts,
+            own_ipc: place.own_ipc,
+        };
+        let parent = self.cgroup_parent(config);
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, id);
+        let netns_path = place.netns.clone();
+        let network = async {
+            match netns_path {
+                Some(path) => Ok(netns::create(&path).await?),
+                None => Ok::<_, Error>(()),
+            }
+        };
+        let files = tokio::task::spawn_blocking(move || -> Result<_> {
+            std::fs::create_dir(&dir).map_err(Error::io(dir.display().to_string()))?;
+            host::prepare(&place, &writable).map_err(Error::io("the pod's folders"))?;
+            // A group of its own: the containers' are beside it, and on cgroup v2 a group has processes or groups.
+            Ok(PodCgroup::create(&parent, &leaf)?.child("monitor")?)
+        });
+        let (network, cgroup) = tokio::join!(network, files);
+        network?;
+        Ok(Prepared {
+            cgroup: cgroup.map_err(|_| Error::Cancelled)??,
+            fds: None,
+            launch: monitor::Launch {
+                host: Some(host),
+                ..Default::default()
+            },
+            huge_pages: 0,
         })
     }
 
@@ -339,7 +426,7 @@ impl Daemon {
             match answer {
                 Ok(answer) => pod.apply(answer.snapshot),
                 Err(error) => {
-                    warn!(sandbox = pod.id, %error, "no orderly shutdown, killing the VM");
+                    warn!(sandbox = pod.id, %error, "no orderly shutdown, killing the monitor");
                 }
             }
             if timeout(Duration::from_secs(2), monitor.died())
@@ -358,6 +445,9 @@ impl Daemon {
         }
         self.release(&pod.record()).await?;
         self.store.put_sandbox(pod.stopped()).await?;
+        if Self::is_on_host(&pod.record()) {
+            self.drop_unused_layers(None).await?;
+        }
         Ok(())
     }
 
@@ -386,6 +476,16 @@ impl Daemon {
         Ok(())
     }
 
+    /// Kills all processes of a sandbox.
+    pub async fn kill_processes(&self, record: &SandboxRecord) {
+        let parent = self.cgroup_parent(&record.config.clone().unwrap_or_default());
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, &record.id);
+        let killed = tokio::task::spawn_blocking(move || PodCgroup::at(&parent, &leaf)?.kill_all());
+        if let Ok(Err(error)) = killed.await {
+            warn!(sandbox = record.id, %error, "processes are left");
+        }
+    }
+
     /// Frees all that the host holds for a sandbox, whatever of it there is. Each step is tried even
     /// when one before it failed; the first failure is reported.
     ///
@@ -407,12 +507,15 @@ impl Daemon {
         let network = self.cni.del(&id).await;
         let netns_path = self.netns_path(&id);
         let scratch = self.scratch_path(&id);
+        let writable = self.writable_dir(&id);
         let dir = self.sandbox_dir(&id);
         let netns = netns::delete(&netns_path).await;
         let files = tokio::task::spawn_blocking(move || -> Result<()> {
             let scratch = gone(std::fs::remove_file(&scratch)).map_err(Error::io("scratch disk"));
-            let dir = gone(std::fs::remove_dir_all(&dir)).map_err(Error::io("sandbox folder"));
-            scratch.and(dir)
+            let dir = host::remove_mounted(&dir);
+            scratch
+                .and(dir)
+                .and_then(|()| host::remove_mounted(&writable))
         })
         .await
         .map_err(|_| Error::Cancelled)?;
@@ -437,8 +540,12 @@ fn vm_failure(snapshot: &monitor::Snapshot) -> Option<Error> {
 const START_MAC: &str = "02:00:00:00:00:01";
 
 struct Prepared {
+    /// For the monitor.
     cgroup: PodCgroup,
-    fds: LaunchFds,
+    /// A VM's.
+    fds: Option<LaunchFds>,
+    launch: monitor::Launch,
+    huge_pages: u64,
 }
 
 fn gone(result: std::io::Result<()>) -> std::io::Result<()> {

@@ -40,11 +40,11 @@ pub fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>>
         .collect()
 }
 
-/// Refuses what contradicts the CRI and what a VM cannot give, with the field's path.
+/// Refuses what contradicts the CRI, with the field's path.
 ///
 /// # Errors
-/// INVALID_ARGUMENT, FAILED_PRECONDITION, UNIMPLEMENTED.
-pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result<()> {
+/// INVALID_ARGUMENT.
+pub fn validate(config: &cri::PodSandboxConfig) -> Result<()> {
     let invalid = |field, problem: &str| {
         Err(Error::Invalid {
             field,
@@ -63,12 +63,6 @@ pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result
             return invalid(field, "must not be empty");
         }
     }
-    if !matches!(runtime_handler, "" | "podvisor") {
-        return Err(Error::Invalid {
-            field: "runtime_handler",
-            problem: format!("no handler {runtime_handler:?} here; there is \"podvisor\""),
-        });
-    }
     port_mappings(config)?;
     if config.hostname.len() > 64 {
         return invalid("config.hostname", "longer than 64 bytes");
@@ -77,10 +71,21 @@ pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result
     for (name, value) in &linux.sysctls {
         sysctl(name, value)?;
     }
-    let options = linux
-        .security_context
-        .and_then(|context| context.namespace_options)
-        .unwrap_or_default();
+    Ok(())
+}
+
+fn namespace_options(config: &cri::PodSandboxConfig) -> cri::NamespaceOption {
+    let linux = config.linux.clone().unwrap_or_default();
+    let security = linux.security_context.unwrap_or_default();
+    security.namespace_options.unwrap_or_default()
+}
+
+/// Refuses what a VM cannot give.
+///
+/// # Errors
+/// FAILED_PRECONDITION, UNIMPLEMENTED.
+pub fn for_a_vm(config: &cri::PodSandboxConfig) -> Result<()> {
+    let options = namespace_options(config);
     for (field, mode, what) in [
         ("network", options.network(), "the host's network"),
         ("pid", options.pid(), "the host's processes"),
@@ -93,6 +98,14 @@ pub fn validate(config: &cri::PodSandboxConfig, runtime_handler: &str) -> Result
         }
     }
     user_namespace(&options.userns_options.unwrap_or_default())
+}
+
+/// Refuses what pods on the host do not have.
+///
+/// # Errors
+/// UNIMPLEMENTED.
+pub fn for_the_host(config: &cri::PodSandboxConfig) -> Result<()> {
+    user_namespace(&namespace_options(config).userns_options.unwrap_or_default())
 }
 
 /// Sysctls of the namespaces that a pod has of its own, as runc knows them: ipc, network, and of uts the
@@ -192,15 +205,12 @@ mod tests {
 
     #[test]
     fn the_field_that_is_wrong_is_named() {
-        validate(&valid(), "").unwrap();
-        validate(&valid(), "podvisor").unwrap();
-        let error = validate(&valid(), "gvisor").unwrap_err().to_string();
-        assert!(error.contains("runtime_handler"), "{error}");
-        let error = validate(&cri::PodSandboxConfig::default(), "").unwrap_err();
+        validate(&valid()).unwrap();
+        let error = validate(&cri::PodSandboxConfig::default()).unwrap_err();
         assert!(error.to_string().contains("config.metadata"), "{error}");
         let mut config = valid();
         config.metadata.as_mut().unwrap().uid.clear();
-        let error = validate(&config, "").unwrap_err().to_string();
+        let error = validate(&config).unwrap_err().to_string();
         assert!(error.contains("config.metadata.uid"), "{error}");
     }
 
@@ -217,7 +227,7 @@ mod tests {
             }),
             ..Default::default()
         });
-        let error = validate(&config, "").unwrap_err();
+        let error = for_a_vm(&config).unwrap_err();
         assert!(matches!(error, Error::Precondition(_)), "{error}");
     }
 
@@ -229,7 +239,7 @@ mod tests {
                 sysctls: [(name.to_owned(), value.to_owned())].into(),
                 ..Default::default()
             });
-            validate(&config, "")
+            validate(&config)
         };
         for name in [
             "kernel.shm_rmid_forced",
@@ -308,7 +318,7 @@ mod tests {
             mapping(1, 1, "host"),
         ] {
             config.port_mappings = vec![bad];
-            assert!(matches!(validate(&config, ""), Err(Error::Invalid { .. })));
+            assert!(matches!(validate(&config), Err(Error::Invalid { .. })));
         }
     }
 }

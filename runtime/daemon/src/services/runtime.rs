@@ -11,8 +11,10 @@ use tracing::{Level, instrument};
 use super::{answer, status};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::Result;
+use crate::handlers::{ROUTED_BECAUSE, ROUTED_TO};
 use crate::pod::{Container, Pod};
 use crate::spec::signal;
+use crate::store::SandboxRecord;
 
 /// Serves CRI's runtime half.
 #[derive(Debug)]
@@ -273,6 +275,7 @@ impl RuntimeService for Runtime {
 
 fn pod_item(pod: &Pod) -> cri::PodSandbox {
     let record = pod.record();
+    let annotations = annotations(&record);
     let config = record.config.unwrap_or_default();
     cri::PodSandbox {
         id: record.id,
@@ -280,13 +283,14 @@ fn pod_item(pod: &Pod) -> cri::PodSandbox {
         state: pod.cri_state() as i32,
         created_at: record.created_ns,
         labels: config.labels,
-        annotations: config.annotations,
+        annotations,
         runtime_handler: record.runtime_handler,
     }
 }
 
 fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
     let record = pod.record();
+    let annotations = annotations(&record);
     let config = record.config.unwrap_or_default();
     let mut ips = record.ips.into_iter();
     cri::PodSandboxStatus {
@@ -311,9 +315,20 @@ fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
             }),
         }),
         labels: config.labels,
-        annotations: config.annotations,
+        annotations,
         runtime_handler: record.runtime_handler,
     }
+}
+
+/// The pod's own, and for one that was routed where and why.
+fn annotations(record: &SandboxRecord) -> HashMap<String, String> {
+    let config = record.config.clone().unwrap_or_default();
+    let mut annotations = config.annotations;
+    if !record.routed.is_empty() {
+        annotations.insert(ROUTED_TO.into(), record.handler.clone());
+        annotations.insert(ROUTED_BECAUSE.into(), record.routed.clone());
+    }
+    annotations
 }
 
 fn pod_matches(item: &cri::PodSandbox, filter: &cri::PodSandboxFilter) -> bool {

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::config::CgroupDriver;
 use crate::daemon::Daemon;
+use crate::handlers;
 use crate::pod::{Container, Pod};
 
 pub fn version() -> cri::VersionResponse {
@@ -54,6 +55,9 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
             ..Default::default()
         }),
     };
+    // A handler whose OCI runtime is not installed would be a promise to the scheduler.
+    let usable = |name: &&str| handlers::runtime(&daemon.config, name).is_ok();
+    let named = handlers::names(&daemon.config).filter(usable).map(handler);
     let mut info = HashMap::new();
     if verbose {
         let vmm = match daemon.vmm.backend {
@@ -82,7 +86,7 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
     cri::StatusResponse {
         status: Some(cri::RuntimeStatus { conditions }),
         info,
-        runtime_handlers: vec![handler(""), handler("podvisor")],
+        runtime_handlers: std::iter::once(handler("")).chain(named).collect(),
         features: Some(cri::RuntimeFeatures {
             // The agent resolves groups by both policies.
             supplemental_groups_policy: true,
@@ -123,6 +127,14 @@ pub fn pod_info(pod: &Pod) -> HashMap<String, String> {
         (
             "timeline".to_owned(),
             json!(timeline(&record.timeline, &snapshot.timeline)).to_string(),
+        ),
+        (
+            "handler".to_owned(),
+            json!({
+                "name": if record.handler.is_empty() { handlers::PODVISOR } else { &record.handler },
+                "routedBecause": record.routed,
+            })
+            .to_string(),
         ),
         (
             "vm".to_owned(),

@@ -1,6 +1,6 @@
 //! AppArmor and SELinux: modules of the node's kernel, which a process in a VM is not a process of.
 //!
-//! What means "as the runtime likes" or "not at all" is obeyed by doing nothing; a profile or a label that
+//! In a VM, what means "as the runtime likes" or "not at all" is obeyed by doing nothing; a profile or a label that
 //! is to confine a container is refused, so that nobody believes to be confined who is not.
 
 use std::fs;
@@ -9,17 +9,63 @@ use podvisor_proto::cri::{self, security_profile::ProfileType};
 
 use crate::error::{Error, Result};
 
-/// Refuses what cannot be.
+/// What confines a process on the host, of what the node has.
+#[derive(Debug, Default)]
+pub struct Confinement {
+    /// Name of a profile.
+    pub apparmor: Option<String>,
+    /// A label.
+    pub selinux: Option<String>,
+}
+
+/// Refuses what cannot be in a VM.
 ///
 /// # Errors
 /// INVALID_ARGUMENT for what is no profile or label, FAILED_PRECONDITION for what is one.
 pub fn check(security: &cri::LinuxContainerSecurityContext) -> Result<()> {
-    if let Some(options) = &security.selinux_options {
-        check_label(options)?;
+    if label(security)?.is_some() {
+        return Err(Error::Precondition(
+            "config.linux.security_context.selinux_options: a label of the node's kernel cannot confine a container in a VM".into(),
+        ));
     }
-    // A privileged container has neither (CRI, `privileged`).
+    match profile(security)? {
+        None => Ok(()),
+        Some(name) => Err(Error::Precondition(format!(
+            "config.linux.security_context.apparmor: profile {name:?} {}",
+            why_not(&name)
+                .unwrap_or("is one of the node's kernel, which cannot confine a container in a VM")
+        ))),
+    }
+}
+
+/// What confines a container on the host.
+///
+/// # Errors
+/// INVALID_ARGUMENT for what is no profile or label, FAILED_PRECONDITION for what the node does not have.
+pub fn on_host(security: &cri::LinuxContainerSecurityContext) -> Result<Confinement> {
+    let selinux = label(security)?;
+    if selinux.is_some() && fs::metadata("/sys/fs/selinux/enforce").is_err() {
+        return Err(Error::Precondition(
+            "config.linux.security_context.selinux_options: cannot be enforced: this node has no SELinux".into(),
+        ));
+    }
+    let apparmor = profile(security)?;
+    if let Some((name, problem)) = apparmor
+        .as_deref()
+        .and_then(|name| Some((name, why_not(name)?)))
+    {
+        return Err(Error::Precondition(format!(
+            "config.linux.security_context.apparmor: profile {name:?} {problem}"
+        )));
+    }
+    Ok(Confinement { apparmor, selinux })
+}
+
+/// The AppArmor profile that is asked for by name.
+fn profile(security: &cri::LinuxContainerSecurityContext) -> Result<Option<String>> {
+    // A privileged container has none (CRI, `privileged`).
     if security.privileged {
-        return Ok(());
+        return Ok(None);
     }
     let profile = match &security.apparmor {
         Some(profile) if profile.profile_type() == ProfileType::Localhost => {
@@ -28,35 +74,27 @@ pub fn check(security: &cri::LinuxContainerSecurityContext) -> Result<()> {
         Some(_) => None,
         None => deprecated_profile(security)?,
     };
-    match profile.as_deref() {
-        None => Ok(()),
-        Some("") => Err(Error::Invalid {
+    if profile.as_deref() == Some("") {
+        return Err(Error::Invalid {
             field: "config.linux.security_context.apparmor.localhost_ref",
             problem: "must not be empty".into(),
-        }),
-        Some(name) => Err(Error::Precondition(format!(
-            "config.linux.security_context.apparmor: profile {name:?} {}",
-            why_not(name)
-        ))),
+        });
     }
+    Ok(profile)
 }
 
-fn why_not(profile: &str) -> &'static str {
+/// Why a profile cannot confine a process of the node's. `None`: it can.
+fn why_not(profile: &str) -> Option<&'static str> {
     let enabled = fs::read_to_string("/sys/module/apparmor/parameters/enabled");
-    if enabled.is_ok_and(|text| text.starts_with('Y')) {
-        let loaded = fs::read_to_string("/sys/kernel/security/apparmor/profiles");
-        let is_loaded = |text: String| {
-            text.lines()
-                .any(|line| line.split(" (").next() == Some(profile))
-        };
-        if loaded.is_ok_and(is_loaded) {
-            "is one of the node's kernel, which cannot confine a container in a VM"
-        } else {
-            "is not loaded"
-        }
-    } else {
-        "cannot be enforced: this node has no AppArmor"
+    if !enabled.is_ok_and(|text| text.starts_with('Y')) {
+        return Some("cannot be enforced: this node has no AppArmor");
     }
+    let loaded = fs::read_to_string("/sys/kernel/security/apparmor/profiles");
+    let is_loaded = |text: String| {
+        text.lines()
+            .any(|line| line.split(" (").next() == Some(profile))
+    };
+    (!loaded.is_ok_and(is_loaded)).then_some("is not loaded")
 }
 
 /// What the field says that came before `apparmor`.
@@ -74,28 +112,39 @@ fn deprecated_profile(security: &cri::LinuxContainerSecurityContext) -> Result<O
     }
 }
 
-/// A label of the container's own. Kubelets send an empty one for "none".
-fn check_label(options: &cri::SeLinuxOption) -> Result<()> {
-    if *options == cri::SeLinuxOption::default() {
-        return Ok(());
+/// The container's own label. Kubelets send an empty one for "none".
+fn label(security: &cri::LinuxContainerSecurityContext) -> Result<Option<String>> {
+    let options = security.selinux_options.clone().unwrap_or_default();
+    if options == cri::SeLinuxOption::default() {
+        return Ok(None);
     }
     let word = |text: &str| {
         text.chars()
             .all(|letter| letter.is_ascii_alphanumeric() || "_-.".contains(letter))
     };
-    if !is_level(&options.level)
-        || ![&options.user, &options.role, &options.r#type]
-            .into_iter()
-            .all(|text| word(text))
-    {
+    let cri::SeLinuxOption {
+        user,
+        role,
+        r#type,
+        level,
+    } = options;
+    if !is_level(&level) || ![&user, &role, &r#type].into_iter().all(|text| word(text)) {
         return Err(Error::Invalid {
             field: "config.linux.security_context.selinux_options",
-            problem: format!("{options:?} is no label"),
+            problem: format!("\"{user}:{role}:{type}:{level}\" is no label", type = r#type),
         });
     }
-    Err(Error::Precondition(
-        "config.linux.security_context.selinux_options: a label of the node's kernel cannot confine a container in a VM".into(),
-    ))
+    let or = |value: String, usual: &str| {
+        if value.is_empty() {
+            usual.to_owned()
+        } else {
+            value
+        }
+    };
+    // What a node gives containers that name only a part (container-selinux).
+    let (user, role) = (or(user, "system_u"), or(role, "system_r"));
+    let (kind, level) = (or(r#type, "container_t"), or(level, "s0"));
+    Ok(Some(format!("{user}:{role}:{kind}:{level}")))
 }
 
 /// "s0", "s0:c1,c2", "s0-s1:c0.c1023".

@@ -2,15 +2,19 @@
 //!
 //! A VM has its own kernel: a device of the node is not there. A character device that the guest's kernel
 //! has by the same number is that one; block devices are the volumes' (`crate::volumes`); everything else is
-//! refused, there.
+//! refused, there. On the host, all is as it is.
 
+use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::sys::stat::{SFlag, major, minor};
 use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
 };
 use podvisor_proto::cri;
+use tonic::Code;
 
 use super::build_error;
 use crate::error::{Error, Result};
@@ -73,6 +77,113 @@ pub async fn of(config: &cri::ContainerConfig) -> Result<Devices> {
         nodes.push(node);
     }
     Ok(Devices { nodes, rules })
+}
+
+/// The container's devices on the host: what is asked for, or all there are. Blocking.
+///
+/// # Errors
+/// INVALID_ARGUMENT: a path or permissions that are none; FAILED_PRECONDITION: no device.
+pub fn on_host(config: &cri::ContainerConfig) -> Result<Devices> {
+    let rule = |allow| LinuxDeviceCgroupBuilder::default().allow(allow);
+    let everything = |allow| rule(allow).access("rwm").build().map_err(build_error);
+    let mut devices = Devices::default();
+    if super::security(config).privileged {
+        devices.rules.push(everything(true)?);
+        below(Path::new("/dev"), Path::new("/dev"), &mut devices.nodes)
+            .map_err(Error::io("listing /dev"))?;
+        // Those that each container has anyway, or of its own (runtime-spec, "Default Devices").
+        let own = |path: &Path| {
+            ["/dev/console", "/dev/ptmx", "/dev/tty"]
+                .iter()
+                .any(|own| path == Path::new(own))
+                || ["/dev/pts", "/dev/shm", "/dev/mqueue"]
+                    .iter()
+                    .any(|own| path.starts_with(own))
+        };
+        devices.nodes.retain(|node| !own(node.path()));
+        return Ok(devices);
+    }
+    devices.rules.push(everything(false)?);
+    for (index, device) in config.devices.iter().enumerate() {
+        let refuse = |code, field, problem: String| Error::Element {
+            list: "devices",
+            index,
+            field,
+            problem,
+            code,
+        };
+        if !device.container_path.starts_with('/') {
+            let problem = format!("{:?} is not absolute", device.container_path);
+            return Err(refuse(Code::InvalidArgument, "container_path", problem));
+        }
+        if !device
+            .permissions
+            .chars()
+            .all(|letter| "rwm".contains(letter))
+        {
+            let problem = "are made of r, w and m".into();
+            return Err(refuse(Code::InvalidArgument, "permissions", problem));
+        }
+        let mut nodes = Vec::new();
+        let found = below(
+            Path::new(&device.host_path),
+            Path::new(&device.container_path),
+            &mut nodes,
+        );
+        let problem = match found {
+            Err(error) => Some(error.to_string()),
+            Ok(()) if nodes.is_empty() => Some("is no device".into()),
+            Ok(()) => None,
+        };
+        if let Some(problem) = problem {
+            let problem = format!("{}: {problem}", device.host_path);
+            return Err(refuse(Code::FailedPrecondition, "host_path", problem));
+        }
+        for node in &nodes {
+            let rule = rule(true)
+                .typ(node.typ())
+                .major(node.major())
+                .minor(node.minor());
+            let rule = rule.access(match device.permissions.as_str() {
+                "" => "rwm",
+                named => named,
+            });
+            devices.rules.push(rule.build().map_err(build_error)?);
+        }
+        devices.nodes.extend(nodes);
+    }
+    Ok(devices)
+}
+
+/// The device at `path`, or all in the folder `path`, as nodes at `target`.
+fn below(path: &Path, target: &Path, nodes: &mut Vec<LinuxDevice>) -> io::Result<()> {
+    let status = fs::metadata(path)?;
+    let kind = match SFlag::from_bits_truncate(status.mode()) & SFlag::S_IFMT {
+        SFlag::S_IFCHR => LinuxDeviceType::C,
+        SFlag::S_IFBLK => LinuxDeviceType::B,
+        SFlag::S_IFDIR => {
+            for entry in fs::read_dir(path)? {
+                let entry = entry?;
+                // Links name what is there by another name, too; what goes away meanwhile is not there.
+                if !entry.file_type()?.is_symlink() {
+                    let _ = below(&entry.path(), &target.join(entry.file_name()), nodes);
+                }
+            }
+            return Ok(());
+        }
+        _ => return Ok(()),
+    };
+    let node = LinuxDeviceBuilder::default()
+        .path(target)
+        .typ(kind)
+        .major(major(status.rdev()) as i64)
+        .minor(minor(status.rdev()) as i64)
+        .file_mode(status.mode() & 0o7777)
+        .uid(status.uid())
+        .gid(status.gid())
+        .build();
+    nodes.push(node.map_err(io::Error::other)?);
+    Ok(())
 }
 
 /// Whether a device of the host, by its mode and number, is one that the guest has, too.
@@ -145,6 +256,28 @@ mod tests {
         linux.security_context.get_or_insert_default().privileged = true;
         let privileged = of(&config).await.unwrap();
         assert!(privileged.rules.is_empty(), "nothing is forbidden");
+    }
+
+    #[test]
+    fn on_the_host_there_are_more() {
+        let devices = on_host(&device("/dev/loop-control", "/dev/x", "r")).unwrap();
+        assert_eq!(devices.nodes[0].path(), Path::new("/dev/x"));
+        assert_eq!(devices.rules[1].access().as_deref(), Some("r"));
+        for bad in ["/dev/no-such-device", "/etc/passwd", "/etc"] {
+            let error = on_host(&device(bad, "/dev/x", "")).unwrap_err();
+            assert!(
+                error
+                    .to_string()
+                    .starts_with("config.devices[0].host_path: "),
+                "{error}"
+            );
+        }
+        let mut config = cri::ContainerConfig::default();
+        let linux = config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default().privileged = true;
+        let all = on_host(&config).unwrap();
+        let has = |path: &str| all.nodes.iter().any(|node| node.path() == Path::new(path));
+        assert!(has("/dev/null") && !has("/dev/ptmx"));
     }
 
     #[tokio::test]

@@ -1,11 +1,13 @@
 //! The OCI runtime spec of a container, from what the CRI asks and what its image says.
 //!
 //! The agent adds what only the guest knows: the root file system, the user's numbers, the cgroup,
-//! and the paths of the namespaces that the pod's containers share (agent.proto, CreateContainer).
+//! and the paths of the namespaces that the pod's containers share (agent.proto, CreateContainer). On the
+//! host it is the monitor that adds them.
 
 mod capabilities;
 mod confinement;
 pub mod devices;
+mod host;
 mod namespaces;
 pub mod resources;
 pub mod seccomp;
@@ -20,6 +22,8 @@ use oci_spec::runtime::{
 use podvisor_proto::{agent, cri};
 
 use crate::error::{Error, Result};
+use crate::host::Place;
+use confinement::Confinement;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -55,6 +59,8 @@ pub struct Surroundings<'a> {
     pub devices: devices::Devices,
     /// Id of the container whose processes it sees (pid mode TARGET).
     pub target: Option<&'a str>,
+    /// Of its pod on the host; none: it is in a VM.
+    pub place: Option<&'a Place>,
 }
 
 /// The security context, or what the CRI means by none.
@@ -83,7 +89,14 @@ pub fn build(
             problem: "the sandbox is not privileged".into(),
         });
     }
-    confinement::check(&security)?;
+    let confinement = match surroundings.place {
+        None => confinement::check(&security).map(|()| Confinement::default())?,
+        Some(_) => confinement::on_host(&security)?,
+    };
+    let namespaces = match surroundings.place {
+        None => namespaces::of(&security, surroundings.target)?,
+        Some(place) => namespaces::on_host(&security, surroundings.target, place)?,
+    };
     let image = surroundings.image.config().clone().unwrap_or_default();
     let resources = config
         .linux
@@ -139,7 +152,7 @@ pub fn build(
     let mut limits = resources::of(&resources)?;
     limits.set_devices(Some(surroundings.devices.rules));
     let mut linux = LinuxBuilder::default()
-        .namespaces(namespaces::of(&security, surroundings.target)?)
+        .namespaces(namespaces)
         .resources(limits)
         .devices(surroundings.devices.nodes)
         .masked_paths(hidden(&security, "masked_paths", &security.masked_paths)?)
@@ -151,7 +164,7 @@ pub fn build(
     if let Some(profile) = surroundings.seccomp {
         linux = linux.seccomp(profile.resolve(&capabilities.granted)?);
     }
-    let spec = SpecBuilder::default()
+    let mut spec = SpecBuilder::default()
         .version("1.0.2")
         .root(
             RootBuilder::default()
@@ -165,6 +178,9 @@ pub fn build(
         .linux(linux.build().map_err(build_error)?)
         .build()
         .map_err(build_error)?;
+    if let Some(place) = surroundings.place {
+        host::adapt(&mut spec, config, surroundings.sandbox, place, confinement);
+    }
     Ok(ContainerSpec {
         spec,
         user: user::of(&security, image.user().as_deref().unwrap_or(""))?,
@@ -397,6 +413,7 @@ mod tests {
             seccomp: None,
             devices: devices::Devices::default(),
             target: None,
+            place: None,
         };
         build(config, surroundings)
     }

@@ -1,10 +1,13 @@
 //! Which namespaces a container has of its own, and which it shares.
 
+use std::path::PathBuf;
+
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType};
 use podvisor_proto::cri::{self, NamespaceMode};
 
 use super::build_error;
 use crate::error::{Error, Result};
+use crate::host::Place;
 
 /// Namespace path that the agent replaces by the pod's own.
 const POD: &str = "pod";
@@ -35,12 +38,7 @@ pub fn of(
         (NamespaceMode::Container, _) => None,
         (NamespaceMode::Node, _) => return Err(host("pid", "the host's processes")),
         (NamespaceMode::Target, Some(id)) => Some(format!("{CONTAINER}{id}")),
-        (NamespaceMode::Target, None) => {
-            return Err(Error::Invalid {
-                field: "config.linux.security_context.namespace_options.target_id",
-                problem: "must not be empty".into(),
-            });
-        }
+        (NamespaceMode::Target, None) => return Err(no_target()),
     };
     let pod = || Some(POD.to_owned());
     [
@@ -51,16 +49,71 @@ pub fn of(
         (LinuxNamespaceType::Cgroup, None),
     ]
     .into_iter()
-    .map(|(kind, path)| {
-        let namespace = LinuxNamespaceBuilder::default().typ(kind);
-        match path {
-            Some(path) => namespace.path(path),
-            None => namespace,
-        }
-        .build()
-        .map_err(build_error)
-    })
+    .map(|(kind, path)| namespace(kind, path.map(PathBuf::from)))
     .collect()
+}
+
+/// The namespaces of a container on the host: those of its pod, which is at `place`, or the host's.
+///
+/// # Errors
+/// INVALID_ARGUMENT: modes that the CRI does not have, UNIMPLEMENTED: user namespaces.
+pub fn on_host(
+    security: &cri::LinuxContainerSecurityContext,
+    target: Option<&str>,
+    place: &Place,
+) -> Result<Vec<LinuxNamespace>> {
+    let options = security.namespace_options.clone().unwrap_or_default();
+    let users = options.userns_options.clone().unwrap_or_default();
+    if !users.uids.is_empty() || !users.gids.is_empty() {
+        return Err(Error::Unsupported {
+            field: "config.linux.security_context.namespace_options.userns_options",
+            what: "a user namespace on the host".into(),
+        });
+    }
+    let mut wanted = vec![
+        (LinuxNamespaceType::Mount, None),
+        (LinuxNamespaceType::Cgroup, None),
+    ];
+    if let Some(netns) = &place.netns {
+        wanted.push((LinuxNamespaceType::Network, Some(netns.clone())));
+    }
+    if place.own_ipc {
+        wanted.push((LinuxNamespaceType::Ipc, Some(POD.into())));
+    }
+    if place.own_uts {
+        wanted.push((LinuxNamespaceType::Uts, Some(POD.into())));
+    }
+    match (options.pid(), target) {
+        (NamespaceMode::Node, _) => {}
+        (NamespaceMode::Pod, _) => wanted.push((LinuxNamespaceType::Pid, Some(POD.into()))),
+        (NamespaceMode::Container, _) => wanted.push((LinuxNamespaceType::Pid, None)),
+        (NamespaceMode::Target, Some(id)) => {
+            let path = format!("{CONTAINER}{id}");
+            wanted.push((LinuxNamespaceType::Pid, Some(path.into())));
+        }
+        (NamespaceMode::Target, None) => return Err(no_target()),
+    }
+    wanted
+        .into_iter()
+        .map(|(kind, path)| namespace(kind, path))
+        .collect()
+}
+
+fn namespace(kind: LinuxNamespaceType, path: Option<PathBuf>) -> Result<LinuxNamespace> {
+    let namespace = LinuxNamespaceBuilder::default().typ(kind);
+    match path {
+        Some(path) => namespace.path(path),
+        None => namespace,
+    }
+    .build()
+    .map_err(build_error)
+}
+
+fn no_target() -> Error {
+    Error::Invalid {
+        field: "config.linux.security_context.namespace_options.target_id",
+        problem: "must not be empty".into(),
+    }
 }
 
 /// A namespace that all containers of a pod share.

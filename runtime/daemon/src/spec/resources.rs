@@ -60,7 +60,7 @@ pub fn of(asked: &cri::LinuxContainerResources) -> Result<LinuxResources> {
     ] {
         numbers(list).map_err(|problem| invalid(field, problem))?;
     }
-    let resources = LinuxResourcesBuilder::default()
+    let mut resources = LinuxResourcesBuilder::default()
         .cpu(cpu.build().map_err(build_error)?)
         .memory(memory(asked)?.build().map_err(build_error)?)
         .hugepage_limits(
@@ -69,8 +69,12 @@ pub fn of(asked: &cri::LinuxContainerResources) -> Result<LinuxResources> {
                 .iter()
                 .map(hugepage_limit)
                 .collect::<Result<Vec<_>>>()?,
-        )
-        .unified(unified(asked)?);
+        );
+    let unified = unified(asked)?;
+    // On cgroup v1, an OCI runtime refuses even none.
+    if !unified.is_empty() {
+        resources = resources.unified(unified);
+    }
     if !(-1000..=1000).contains(&asked.oom_score_adj) {
         let problem = format!("{} is not between -1000 and 1000", asked.oom_score_adj);
         return Err(invalid("oom_score_adj", problem));

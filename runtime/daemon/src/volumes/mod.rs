@@ -52,8 +52,19 @@ pub struct Volume {
     pub read_only: bool,
     /// Nor to what is mounted below it.
     pub recursive: bool,
-    /// What the host mounts below it later is seen as well.
-    pub follows_host: bool,
+    /// Of what is mounted below it later.
+    pub propagation: Propagation,
+}
+
+/// Who sees what is mounted below a volume later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Propagation {
+    /// Who has mounted it.
+    Private,
+    /// The container what the host mounts.
+    FromHost,
+    /// The host what the container mounts, too: in no VM.
+    Both,
 }
 
 /// An image that CreateContainer asks for as a volume.
@@ -91,8 +102,8 @@ pub struct Volumes {
 /// The volumes that a container asks for.
 ///
 /// # Errors
-/// What contradicts the CRI, or cannot be in a VM, with the field's path.
-pub fn parse(mounts: &[cri::Mount]) -> Result<Volumes> {
+/// What contradicts the CRI, or cannot be `in_vm`, with the field's path.
+pub fn parse(mounts: &[cri::Mount], in_vm: bool) -> Result<Volumes> {
     if mounts.len() > MAX_VOLUMES {
         return Err(Error::Invalid {
             field: "config.mounts",
@@ -103,7 +114,7 @@ pub fn parse(mounts: &[cri::Mount]) -> Result<Volumes> {
     for (index, mount) in mounts.iter().enumerate() {
         match &mount.image {
             Some(image) => volumes.images.push(parse_image(index, mount, image)?),
-            None => volumes.host.push(parse_host(index, mount)?),
+            None => volumes.host.push(parse_host(index, mount, in_vm)?),
         }
     }
     Ok(volumes)
@@ -159,7 +170,7 @@ fn parse_image(index: usize, mount: &cri::Mount, image: &cri::ImageSpec) -> Resu
     })
 }
 
-fn parse_host(index: usize, mount: &cri::Mount) -> Result<Volume> {
+fn parse_host(index: usize, mount: &cri::Mount, in_vm: bool) -> Result<Volume> {
     let refuse = |code, field, problem: &str| refuse(index, code, field, problem);
     let invalid = |field, problem: &str| refuse(Code::InvalidArgument, field, problem);
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
@@ -170,19 +181,23 @@ fn parse_host(index: usize, mount: &cri::Mount) -> Result<Volume> {
         Ok(path) => path,
         Err(problem) => return invalid("host_path", problem),
     };
-    let propagation = mount.propagation();
-    if propagation == cri::MountPropagation::PropagationBidirectional {
-        return refuse(
-            Code::FailedPrecondition,
-            "propagation",
-            "Bidirectional: a VM's mounts do not reach the host",
-        );
-    }
+    let propagation = match mount.propagation() {
+        cri::MountPropagation::PropagationPrivate => Propagation::Private,
+        cri::MountPropagation::PropagationHostToContainer => Propagation::FromHost,
+        cri::MountPropagation::PropagationBidirectional if in_vm => {
+            return refuse(
+                Code::FailedPrecondition,
+                "propagation",
+                "Bidirectional: a VM's mounts do not reach the host",
+            );
+        }
+        cri::MountPropagation::PropagationBidirectional => Propagation::Both,
+    };
     if mount.recursive_read_only {
         if !mount.readonly {
             return invalid("recursive_read_only", "set without readonly");
         }
-        if propagation != cri::MountPropagation::PropagationPrivate {
+        if propagation != Propagation::Private {
             return invalid(
                 "recursive_read_only",
                 "set with a propagation that is not private",
@@ -195,7 +210,7 @@ fn parse_host(index: usize, mount: &cri::Mount) -> Result<Volume> {
         host_path,
         read_only: mount.readonly,
         recursive: mount.recursive_read_only,
-        follows_host: propagation == cri::MountPropagation::PropagationHostToContainer,
+        propagation,
     })
 }
 

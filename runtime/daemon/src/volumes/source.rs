@@ -8,7 +8,7 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use tonic::Code;
 
-use super::{Volume, mount};
+use super::{Propagation, Volume, mount};
 use crate::error::{Error, Result};
 use crate::mountinfo;
 
@@ -43,7 +43,7 @@ impl Source {
         let place = open(&volume.host_path, flags, Mode::empty())?;
         let kind = SFlag::from_bits_truncate(fstat(&place)?.st_mode) & SFlag::S_IFMT;
         let tree = mount::clone(place.as_fd())?;
-        let propagation = if volume.follows_host {
+        let propagation = if volume.propagation != Propagation::Private {
             libc::MS_SLAVE
         } else {
             libc::MS_PRIVATE
@@ -91,7 +91,7 @@ mod tests {
             host_path: path.to_owned(),
             read_only: true,
             recursive: false,
-            follows_host: false,
+            propagation: Propagation::Private,
         }
     }
 

@@ -5,8 +5,8 @@
 //! blocks in `write`), and nothing else in the monitor does. It holds one read buffer and one batch,
 //! and one unfinished line for each stream.
 
+use std::fs::File;
 use std::io::{self, Read};
-use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -28,6 +29,9 @@ const READ_SIZE: usize = 32 * 1024;
 /// The thread needs little: no recursion, and its buffers are on the heap.
 const STACK_SIZE: usize = 128 * 1024;
 
+/// Read at most, bytes, of what a stream holds when it is cut: more than a socket's or a pipe's buffer.
+const LAST_BYTES: u64 = 4 * 1024 * 1024;
+
 /// How long a process that has ended may leave its streams open without writing. A process it left
 /// behind in the background may hold them for ever.
 const IDLE_GRACE: Duration = Duration::from_secs(2);
@@ -40,8 +44,8 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
 /// The running pump of one container.
 pub struct Pump {
-    /// Second descriptors of the streams, to cut them.
-    streams: Vec<UnixStream>,
+    /// Its other end becomes readable when the streams shall be cut: this is dropped.
+    cut: UnixStream,
     bytes_read: Arc<AtomicU64>,
     ended: oneshot::Receiver<()>,
 }
@@ -51,19 +55,18 @@ impl Pump {
     ///
     /// # Errors
     /// When a descriptor cannot be doubled or the thread cannot be started.
-    pub fn start(streams: Vec<(Stream, UnixStream)>, log: Arc<LogSink>) -> io::Result<Self> {
-        let doubles = streams
-            .iter()
-            .map(|(_, stream)| stream.try_clone())
-            .collect::<io::Result<Vec<_>>>()?;
+    pub fn start(streams: Vec<(Stream, File)>, log: Arc<LogSink>) -> io::Result<Self> {
         for (_, stream) in &streams {
-            stream.set_nonblocking(true)?;
+            let flags = OFlag::from_bits_truncate(fcntl(stream, FcntlArg::F_GETFL)?);
+            fcntl(stream, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         }
+        let (cut, is_cut) = UnixStream::pair()?;
         let bytes_read = Arc::new(AtomicU64::new(0));
         let (report_end, ended) = oneshot::channel();
         let thread = PumpThread {
             sources: streams.into_iter().map(Source::new).collect(),
             log,
+            is_cut,
             bytes_read: Arc::clone(&bytes_read),
             batch: Vec::new(),
         };
@@ -76,7 +79,7 @@ impl Pump {
                 let _ = report_end.send(());
             })?;
         Ok(Self {
-            streams: doubles,
+            cut,
             bytes_read,
             ended,
         })
@@ -113,11 +116,7 @@ impl Pump {
 
     /// Ends the streams: what has arrived on this side is still written, no more is read.
     pub async fn cut(self) {
-        for stream in &self.streams {
-            // Bytes in the socket's buffer stay readable, then comes end of file (unix(7)). Fails
-            // only when the stream has ended by itself.
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        drop(self.cut);
         if timeout(FLUSH_LIMIT, self.ended).await.is_err() {
             warn!("the log's disk is slow: reporting the end before the log is complete");
         }
@@ -125,12 +124,12 @@ impl Pump {
 }
 
 struct Source {
-    stream: UnixStream,
+    stream: File,
     formatter: Formatter,
 }
 
 impl Source {
-    fn new((kind, stream): (Stream, UnixStream)) -> Self {
+    fn new((kind, stream): (Stream, File)) -> Self {
         Self {
             stream,
             formatter: Formatter::new(kind),
@@ -141,6 +140,7 @@ impl Source {
 struct PumpThread {
     sources: Vec<Source>,
     log: Arc<LogSink>,
+    is_cut: UnixStream,
     bytes_read: Arc<AtomicU64>,
     batch: Vec<u8>,
 }
@@ -149,11 +149,16 @@ impl PumpThread {
     fn run(mut self) {
         let mut buffer = vec![0; READ_SIZE];
         while !self.sources.is_empty() {
-            for index in self.wait_readable().into_iter().rev() {
+            let (readable, cut) = self.wait_readable();
+            for index in readable.into_iter().rev() {
                 if !self.read(index, &mut buffer) {
-                    let mut source = self.sources.swap_remove(index);
-                    source.formatter.finish(SystemTime::now(), &mut self.batch);
-                    self.flush();
+                    self.end(index);
+                }
+            }
+            if cut {
+                for index in (0..self.sources.len()).rev() {
+                    self.read_what_has_arrived(index, &mut buffer);
+                    self.end(index);
                 }
             }
         }
@@ -163,12 +168,33 @@ impl PumpThread {
         }
     }
 
-    /// Indices of sources with something to read, rising.
-    fn wait_readable(&self) -> Vec<usize> {
+    fn end(&mut self, index: usize) {
+        let mut source = self.sources.swap_remove(index);
+        source.formatter.finish(SystemTime::now(), &mut self.batch);
+        self.flush();
+    }
+
+    /// What a stream holds that is about to be cut; a process that goes on writing is not listened to for ever.
+    fn read_what_has_arrived(&mut self, index: usize, buffer: &mut [u8]) {
+        let begin = self.bytes_read.load(Ordering::Relaxed);
+        loop {
+            let before = self.bytes_read.load(Ordering::Relaxed);
+            let goes_on = self.read(index, buffer);
+            let after = self.bytes_read.load(Ordering::Relaxed);
+            if !goes_on || after == before || after - begin > LAST_BYTES {
+                return;
+            }
+        }
+    }
+
+    /// Indices of sources with something to read, rising, and whether to cut them.
+    fn wait_readable(&self) -> (Vec<usize>, bool) {
         let mut fds: Vec<PollFd<'_>> = self
             .sources
             .iter()
-            .map(|source| PollFd::new(source.stream.as_fd(), PollFlags::POLLIN))
+            .map(|source| source.stream.as_fd())
+            .chain([self.is_cut.as_fd()])
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
             .collect();
         // With EINTR no flag is set and the caller comes again; other errors (memory) show in the
         // read, so all are tried.
@@ -176,9 +202,9 @@ impl PumpThread {
             Ok(_) | Err(Errno::EINTR) => false,
             Err(_) => true,
         };
-        (0..fds.len())
-            .filter(|&index| all || fds[index].any().unwrap_or(true))
-            .collect()
+        let cut = fds.pop().is_some_and(|fd| fd.any().unwrap_or(true));
+        let readable = (0..fds.len()).filter(|&index| all || fds[index].any().unwrap_or(true));
+        (readable.collect(), cut)
     }
 
     /// Reads once and writes the records that this completes. False at the end of the stream.
@@ -218,6 +244,7 @@ impl PumpThread {
 #[cfg(test)]
 mod tests {
     use std::io::{Seek, Write};
+    use std::os::fd::OwnedFd;
 
     use super::*;
 
@@ -225,7 +252,7 @@ mod tests {
         pump: Pump,
         stdout: UnixStream,
         stderr: UnixStream,
-        file: std::fs::File,
+        file: File,
     }
 
     fn rig() -> Rig {
@@ -234,7 +261,10 @@ mod tests {
         let (stdout, guest_stdout) = UnixStream::pair().expect("socketpair");
         let (stderr, guest_stderr) = UnixStream::pair().expect("socketpair");
         let pump = Pump::start(
-            vec![(Stream::Stdout, stdout), (Stream::Stderr, stderr)],
+            vec![
+                (Stream::Stdout, File::from(OwnedFd::from(stdout))),
+                (Stream::Stderr, File::from(OwnedFd::from(stderr))),
+            ],
             Arc::new(log),
         )
         .expect("pump");
@@ -247,7 +277,7 @@ mod tests {
     }
 
     /// The log without its timestamps.
-    fn text(mut file: std::fs::File) -> Vec<String> {
+    fn text(mut file: File) -> Vec<String> {
         let mut text = String::new();
         file.rewind().expect("rewind");
         file.read_to_string(&mut text).expect("read");

@@ -1,10 +1,10 @@
 //! What the monitor keeps of one container besides its public record, and how it ends.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use podvisor_proto::agent::Exit;
 use podvisor_proto::monitor::{self, ContainerState};
-use tokio::net::UnixStream;
 use tracing::{debug, info};
 
 use super::Pod;
@@ -43,7 +43,7 @@ struct Run {
     /// Moves its output into the log.
     pump: Option<Pump>,
     /// Held open for attach; nothing is written.
-    stdin: Option<UnixStream>,
+    stdin: Option<OwnedFd>,
     out_of_memory: bool,
     /// The last signal that StopContainer sent.
     stop_signal: Option<u32>,
@@ -85,7 +85,7 @@ impl Container {
     }
 
     /// Keeps the streams of its process.
-    pub fn set_streams(&self, pump: Option<Pump>, stdin: Option<UnixStream>) {
+    pub fn set_streams(&self, pump: Option<Pump>, stdin: Option<OwnedFd>) {
         let mut run = self.run();
         run.pump = pump;
         run.stdin = stdin;

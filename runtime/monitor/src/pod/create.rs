@@ -3,24 +3,22 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
-use podvisor_proto::agent;
 use podvisor_proto::monitor::{
-    self, ContainerState, CreateContainerRequest, SandboxState, UpdateContainerRequest,
+    self, ContainerState, CreateContainerRequest, UpdateContainerRequest,
 };
 use prost::Message;
-use tracing::{info, warn};
+use tracing::info;
 
 use super::container::Container;
 use super::{Pod, PodError};
-use crate::agent::AgentError;
 use crate::log::LogSink;
 use crate::state::now_ns;
 
 impl Pod {
-    /// Assembles a container in the guest.
+    /// Assembles a container.
     pub async fn create(&self, request: CreateContainerRequest) -> Result<(), PodError> {
         check_id(&request.id)?;
-        let agent = self.agent()?;
+        let runner = self.ready_runner()?;
         let container = self.enter(&request)?;
         let _operation = container.operation.lock().await;
         if self.state.container_state(&container.id).is_some() {
@@ -30,7 +28,7 @@ impl Pod {
         if !Arc::ptr_eq(&container, &self.container(&request.id)?) {
             return Err(PodError::State("tried twice at a time".to_owned()));
         }
-        match self.create_in_guest(&agent, &request).await {
+        match runner.create(&request).await {
             Ok(user) => {
                 info!(container = request.id, "created");
                 self.state.update(|snapshot| {
@@ -54,11 +52,8 @@ impl Pod {
     pub async fn update(&self, request: UpdateContainerRequest) -> Result<(), PodError> {
         let container = self.container(&request.id)?;
         let _operation = container.operation.lock().await;
-        let request = agent::UpdateContainerRequest {
-            id: request.id,
-            resources: request.resources,
-        };
-        Ok(self.agent()?.update_container(request).await?)
+        let runner = self.ready_runner()?;
+        runner.update(&request.id, request.resources).await
     }
 
     /// Kills what is left of a container and forgets it.
@@ -73,13 +68,7 @@ impl Pod {
         if self.container(id).is_err() {
             return Ok(()); // Another caller was faster.
         }
-        // With the VM, all is gone that there was.
-        if self.state.sandbox_state() != SandboxState::Stopped {
-            let removed = self.any_agent()?.remove_container(id).await?;
-            self.layers.release(&container.diff_ids);
-            self.layers.unmap(&removed.released);
-            self.block_devices.unmap(&removed.released);
-        }
+        self.runner.remove(id, &container.diff_ids).await?;
         self.containers().remove(id);
         self.state
             .update(|snapshot| snapshot.containers.retain(|entry| entry.id != id));
@@ -117,76 +106,6 @@ impl Pod {
         let container = Arc::new(Container::new(request, log, fingerprint));
         containers.insert(request.id.clone(), Arc::clone(&container));
         Ok(container)
-    }
-
-    async fn create_in_guest(
-        &self,
-        agent: &crate::agent::Agent,
-        request: &CreateContainerRequest,
-    ) -> Result<Option<agent::ResolvedUser>, PodError> {
-        if !request.volumes_fd_token.is_empty() {
-            let socket = self.fds.take(&request.volumes_fd_token);
-            let socket =
-                socket.ok_or_else(|| PodError::State("no socket for volumes came".to_owned()))?;
-            self.fs.connect(socket.into());
-        }
-        let block_devices = self.block_devices.map(&request.block_devices, &self.fds)?;
-        let layers: Vec<_> = all_layers(request).cloned().collect();
-        let segments = self.layers.acquire(&layers, &self.fds).inspect_err(|_| {
-            // The guest has not heard of them.
-            let devices = block_devices.iter();
-            let segments: Vec<_> = devices.filter_map(|device| device.segment).collect();
-            self.block_devices.unmap(&segments);
-        });
-        let mut segments = segments?.into_iter();
-        // As many as were asked for, in the same order.
-        let mut take = |count| segments.by_ref().take(count).collect();
-        let created = agent
-            .create_container(agent::CreateContainerRequest {
-                id: request.id.clone(),
-                layers: take(request.layers.len()),
-                spec: request.spec.clone(),
-                user: request.user.clone(),
-                image_volumes: request
-                    .image_volumes
-                    .iter()
-                    .map(|volume| agent::ImageVolume {
-                        layers: take(volume.layers.len()),
-                        sub_path: volume.sub_path.clone(),
-                    })
-                    .collect(),
-                block_devices: block_devices.clone(),
-                guest_devices: request.guest_devices,
-            })
-            .await;
-        match created {
-            Ok(created) => Ok(created.user),
-            Err(error) => {
-                self.undo_create(agent, request).await;
-                // An agent that has refused has none of them: it says so for those that it had.
-                let devices = block_devices.iter();
-                let segments: Vec<_> = devices.filter_map(|device| device.segment).collect();
-                if matches!(error, AgentError::Failed { .. }) {
-                    self.block_devices.unmap(&segments);
-                }
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Takes a container that could not be created out of the guest.
-    async fn undo_create(&self, agent: &crate::agent::Agent, request: &CreateContainerRequest) {
-        let diff_ids: Vec<String> = all_layers(request).map(|l| l.diff_id.clone()).collect();
-        self.layers.release(&diff_ids);
-        match agent.remove_container(&request.id).await {
-            Ok(removed) => {
-                self.layers.unmap(&removed.released);
-                self.block_devices.unmap(&removed.released);
-            }
-            Err(error) => {
-                warn!(container = request.id, %error, "a failed create could not be undone");
-            }
-        }
     }
 }
 

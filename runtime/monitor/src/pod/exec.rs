@@ -5,16 +5,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use podvisor_monitor::fd_socket::Token;
-use podvisor_proto::agent::{ExecRequest, Exit, SignalRequest};
+use podvisor_oci::stdio::{Streams, Wanted};
+use podvisor_proto::agent::Exit;
 use podvisor_proto::monitor::{ContainerState, ExecSyncRequest, ExecSyncResponse};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::streams::{Streams, Tokens, Wanted, capture};
+use super::guest::kill_all;
+use super::runner::Runner;
+use super::streams::capture;
 use super::{Pod, PodError};
-use crate::agent::{Agent, AgentError};
+use crate::agent::AgentError;
 
 /// Most output kept of each stream, bytes, whatever the caller asks for (CRI: "cap at 16 MB").
 const MAX_OUTPUT: u64 = 16 * 1024 * 1024;
@@ -65,7 +68,7 @@ impl Execs {
 /// A command: its entry in [`Execs`] goes with it.
 struct Exec<'a> {
     pod: &'a Pod,
-    agent: Agent,
+    runner: &'a Runner,
     container_id: &'a str,
     id: String,
     exit: oneshot::Receiver<u32>,
@@ -86,7 +89,7 @@ impl Pod {
         caller_gone: CancellationToken,
     ) -> Result<ExecSyncResponse, PodError> {
         let begin = Instant::now();
-        let agent = self.agent()?;
+        let runner = self.ready_runner()?;
         let container_id = request.container_id.as_str();
         self.container(container_id)?;
         if self.state.container_state(container_id) != Some(ContainerState::Running) {
@@ -101,7 +104,7 @@ impl Pod {
             return Err(PodError::TooManyExecs);
         };
 
-        let mut exec = self.register(agent, container_id);
+        let mut exec = self.register(runner, container_id);
         let streams = exec.start(&request.args).await?;
         let limit = request.output_limit.min(MAX_OUTPUT) as usize;
         let too_late = async {
@@ -124,7 +127,7 @@ impl Pod {
         Err(failed)
     }
 
-    fn register<'a>(&'a self, agent: Agent, container_id: &'a str) -> Exec<'a> {
+    fn register<'a>(&'a self, runner: &'a Runner, container_id: &'a str) -> Exec<'a> {
         let id = format!("{:?}", Token::random());
         let (sender, exit) = oneshot::channel();
         let running = Running {
@@ -134,7 +137,7 @@ impl Pod {
         self.execs.lock().insert(id.clone(), running);
         Exec {
             pod: self,
-            agent,
+            runner,
             container_id,
             id,
             exit,
@@ -143,35 +146,20 @@ impl Pod {
 }
 
 impl Exec<'_> {
-    /// Opens the streams and asks the agent, at the same time. Not to be dropped halfway: nobody
-    /// would know whether the process runs.
+    /// Starts the command. Not to be dropped halfway: nobody would know whether the process runs.
     async fn start(&mut self, args: &[String]) -> Result<Streams, PodError> {
-        let tokens = Tokens::new(Wanted {
+        let wanted = Wanted {
             stdin: false,
             terminal: false,
-        });
-        let request = ExecRequest {
-            container_id: self.container_id.to_owned(),
-            exec_id: self.id.clone(),
-            args: args.to_vec(),
-            stdio: Some(tokens.stdio()),
-            ..ExecRequest::default()
         };
-        let (streams, started) =
-            tokio::join!(tokens.open(&self.pod.dial), self.agent.exec(request));
-        match (streams, started) {
-            (Ok(streams), Ok(())) => Ok(streams),
-            // The agent refuses: no process is left.
-            (_, Err(error @ AgentError::Failed { .. })) => Err(error.into()),
-            (_, Err(error)) => {
-                self.kill().await;
-                Err(error.into())
-            }
-            (Err(error), Ok(())) => {
-                self.kill().await;
-                Err(PodError::Stream(error))
-            }
+        let started = self.runner.exec(self.container_id, &self.id, args, wanted);
+        let result = started.await;
+        match &result {
+            // A refusal leaves no process; anything else may have.
+            Ok(_) | Err(PodError::Agent(AgentError::Failed { .. }) | PodError::Host(_)) => {}
+            Err(_) => self.kill().await,
         }
+        result
     }
 
     /// Reads the output and waits for the end.
@@ -215,13 +203,8 @@ impl Exec<'_> {
             exec = self.id,
             "killing a command"
         );
-        let request = SignalRequest {
-            container_id: self.container_id.to_owned(),
-            exec_id: self.id.clone(),
-            signal: libc::SIGKILL as u32,
-            all: true,
-        };
-        if let Err(error) = self.agent.signal(request).await {
+        let request = kill_all(self.container_id, &self.id);
+        if let Err(error) = self.runner.signal(request).await {
             warn!(container = self.container_id, %error, "a command cannot be killed");
             return;
         }

@@ -1,12 +1,13 @@
-//! The pod: one VM and its containers.
+//! The pod and its containers.
 //!
-//! - `mod.rs`: the sandbox: the agent comes and goes, events, the end of the VM
+//! - `mod.rs`: the sandbox: its start, events, its end
+//! - [`runner`]: who runs the containers: [`guest`], the agent in a VM, or [`host`], an OCI runtime
 //! - [`container`]: what is kept of one container, and how it ends
 //! - [`create`], [`start`], [`stop`], [`exec`], [`shutdown`]: what callers ask for
 //! - [`block_devices`]: block devices of the host on the pod's disk
 //! - [`layers`]: image layers on the pod's disk
 //! - [`vm_facts`]: what is known of the VM, for who inspects it
-//! - [`streams`]: byte streams between a process in the guest and the monitor
+//! - [`streams`]: byte streams between a process and the monitor
 //!
 //! Facts for callers are in [`State`]; what only the monitor needs is in [`Container`]. Both change
 //! under short locks, never held across an await. Callers' requests that change something run as
@@ -16,7 +17,10 @@ mod block_devices;
 pub mod container;
 mod create;
 mod exec;
+pub mod guest;
+pub mod host;
 pub mod layers;
+mod runner;
 mod shutdown;
 mod start;
 mod stop;
@@ -29,34 +33,29 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use podvisor_proto::agent::{self, Event, HelloResponse, event};
+use podvisor_proto::agent::{Event, HelloResponse, event};
 use podvisor_proto::monitor::{
-    ConfigureRequest, ContainerState, SandboxState, Snapshot, TimelineEntry, VmStatsResponse,
+    ConfigureRequest, ContainerState, SandboxState, Snapshot, TimelineEntry,
 };
-use podvisor_vmm::{FsHandle, SegmentMap, VmCounters};
 use thiserror::Error;
-use tokio::sync::{Semaphore, watch};
-use tokio::time::sleep;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 use tracing::{debug, info, warn};
 
 use crate::agent::{Agent, AgentError, Observer};
-use crate::console::Console;
 use crate::fd_table::FdTable;
 use crate::state::{State, now_ns};
-use block_devices::{BlockDeviceError, BlockDevices};
+use block_devices::BlockDeviceError;
 use container::Container;
 use exec::Execs;
-use layers::{LayerError, Layers};
-pub use streams::Dial;
-use vm_facts::VmFacts;
+use guest::{Guest, VmParts};
+use host::{Host, HostError};
+use layers::LayerError;
+use runner::Runner;
 
 /// Execs at a time: each may keep its output in our memory.
 const MAX_EXECS: usize = 64;
-
-/// How long an agent whose connection broke may take to dial again.
-const AGENT_RETURN: Duration = Duration::from_secs(10);
 
 /// How long the streams of a VM that is gone may take to end.
 const VM_GONE_DRAIN: Duration = Duration::from_millis(500);
@@ -85,6 +84,9 @@ pub enum PodError {
     /// Too many execs.
     #[error("{MAX_EXECS} commands run already")]
     TooManyExecs,
+    /// An OCI runtime.
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// Layers.
     #[error(transparent)]
     Layer(#[from] LayerError),
@@ -115,6 +117,7 @@ impl From<PodError> for Status {
                 Code::DeadlineExceeded
             }
             PodError::Cancelled => Code::Cancelled,
+            PodError::Host(error) => error.code(),
             PodError::TooManyExecs
             | PodError::Layer(LayerError::Disk { .. })
             | PodError::BlockDevice(BlockDeviceError::Disk { .. }) => Code::ResourceExhausted,
@@ -138,96 +141,72 @@ fn agent_code(code: Code) -> Code {
     }
 }
 
-/// The parts that a pod is made of.
-pub struct Parts {
-    /// What is known of it.
-    pub state: State,
-    /// The guest's console.
-    pub console: Console,
-    /// Descriptors that wait for the request that names them.
-    pub fds: FdTable,
-    /// The pod's disk.
-    pub disk: SegmentMap,
-    /// The VM's device for volumes.
-    pub fs: FsHandle,
-    /// The disk's writable segment.
-    pub scratch: agent::Segment,
-    /// Connects to a port of the guest.
-    pub dial: Dial,
-    /// Zero of the timeline, nanoseconds since the epoch.
-    pub requested_ns: u64,
-    /// Virtual CPUs of the VM.
-    pub vcpus: u32,
-    /// Its memory.
-    pub memory_bytes: u64,
-}
-
 /// The pod.
 pub struct Pod {
     state: State,
-    console: Console,
     fds: FdTable,
-    layers: Layers,
-    block_devices: BlockDevices,
-    fs: FsHandle,
-    scratch: agent::Segment,
-    dial: Dial,
+    runner: Runner,
     requested_ns: u64,
-    vm: VmFacts,
-    agent: watch::Sender<Option<Agent>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     execs: Execs,
     exec_slots: Arc<Semaphore>,
     /// Serialises Configure.
     configuring: tokio::sync::Mutex<()>,
-    /// Asks `vm.rs` to end the VM.
-    vm_kill: CancellationToken,
-    /// The VM is gone.
-    vm_gone: CancellationToken,
+    /// The VM is gone, or what the host had of the pod.
+    gone: CancellationToken,
     shutting_down: CancellationToken,
     /// Shutdown is complete: the process may end.
     finished: CancellationToken,
 }
 
 impl Pod {
-    /// A pod whose VM is about to boot.
-    pub fn new(parts: Parts) -> Arc<Self> {
+    /// A pod whose VM is about to boot. `requested_ns`: zero of the timeline, nanoseconds since the epoch. `fds`:
+    /// descriptors that wait for the request that names them.
+    pub fn in_vm(state: State, fds: FdTable, requested_ns: u64, vm: VmParts) -> Arc<Self> {
+        let gone = CancellationToken::new();
+        let guest = Guest::new(vm, state.clone(), fds.clone(), gone.clone());
+        Self::new(state, fds, requested_ns, Runner::Guest(guest), gone)
+    }
+
+    /// A pod of the host's own.
+    pub fn on_host(state: State, fds: FdTable, requested_ns: u64, host: Host) -> Arc<Self> {
+        let gone = CancellationToken::new();
+        Self::new(state, fds, requested_ns, Runner::Host(host), gone)
+    }
+
+    fn new(
+        state: State,
+        fds: FdTable,
+        requested_ns: u64,
+        runner: Runner,
+        gone: CancellationToken,
+    ) -> Arc<Self> {
         Arc::new(Self {
-            state: parts.state,
-            console: parts.console,
-            fds: parts.fds,
-            layers: Layers::new(parts.disk.clone()),
-            block_devices: BlockDevices::new(parts.disk),
-            fs: parts.fs,
-            scratch: parts.scratch,
-            dial: parts.dial,
-            requested_ns: parts.requested_ns,
-            vm: VmFacts::new(parts.vcpus, parts.memory_bytes),
-            agent: watch::Sender::new(None),
+            state,
+            fds,
+            runner,
+            requested_ns,
             containers: Mutex::default(),
             execs: Execs::default(),
             exec_slots: Arc::new(Semaphore::new(MAX_EXECS)),
             configuring: tokio::sync::Mutex::default(),
-            vm_kill: CancellationToken::new(),
-            vm_gone: CancellationToken::new(),
+            gone,
             shutting_down: CancellationToken::new(),
             finished: CancellationToken::new(),
         })
     }
 
+    /// The VM's side. `None`: a pod of the host's own.
+    pub fn guest(&self) -> Option<&Guest> {
+        match &self.runner {
+            Runner::Guest(guest) => Some(guest),
+            Runner::Host(_) => None,
+        }
+    }
+
     /// What is known of the pod.
     pub fn state(&self) -> &State {
         &self.state
-    }
-
-    /// The guest's console.
-    pub fn console(&self) -> &Console {
-        &self.console
-    }
-
-    /// Cancelled when the VM shall end.
-    pub fn vm_kill(&self) -> &CancellationToken {
-        &self.vm_kill
     }
 
     /// Cancelled when [`Pod::shutdown`] is complete.
@@ -240,12 +219,6 @@ impl Pod {
         self.shutting_down.is_cancelled()
     }
 
-    /// Ends when the agent is there.
-    pub async fn agent_ready(&self) {
-        // Fails only when the sender is gone, and `self` holds it.
-        let _ = self.agent.subscribe().wait_for(Option::is_some).await;
-    }
-
     /// Adds a phase to the timeline, from `start_ns` to `end_ns` (host clock).
     pub fn add_phase(&self, phase: &str, start_ns: u64, end_ns: u64) {
         let entry = TimelineEntry {
@@ -256,46 +229,17 @@ impl Pod {
         self.state.update(|snapshot| snapshot.timeline.push(entry));
     }
 
-    /// The VM runs: from now on its counters can be asked for.
-    pub fn set_vm_counters(&self, backend: &'static str, counters: VmCounters) {
-        self.vm.set_running(backend, counters);
-    }
-
-    /// Counters of the VM. `None`: it never ran.
-    pub fn vm_stats(&self) -> Option<VmStatsResponse> {
-        self.vm.stats()
-    }
-
-    /// Sets the sandbox and its network once the agent is there.
+    /// Sets the sandbox and its network, once whoever runs its containers is there.
     pub async fn configure(&self, request: ConfigureRequest) -> Result<(), PodError> {
         let _one_at_a_time = self.configuring.lock().await;
-        // The boot has its own deadline; an agent that was there and is gone is given some time.
-        let agent_lost = async {
-            self.state.wait_for(|s| !s.agent_version.is_empty()).await;
-            sleep(AGENT_RETURN).await;
-        };
-        tokio::select! {
-            () = self.agent_ready() => {}
-            () = self.vm_gone.cancelled() => {}
-            () = agent_lost => {}
-        }
+        self.runner.booted().await;
         match self.state.sandbox_state() {
             SandboxState::Ready => return Ok(()),
             SandboxState::Stopped => return Err(self.stopped_error()),
             SandboxState::Booting => {}
         }
-        let agent = self.any_agent()?;
         let start_ns = now_ns();
-        let mut sandbox = request.sandbox.unwrap_or_default();
-        sandbox.scratch = Some(self.scratch);
-        sandbox.time_ns = start_ns;
-        let network = async {
-            match request.network {
-                Some(network) => agent.configure_network(network).await,
-                None => Ok(()),
-            }
-        };
-        tokio::try_join!(agent.configure_sandbox(sandbox), network)?;
+        self.runner.configure(request).await?;
         self.add_phase("configure", start_ns, now_ns());
         self.state.update(|snapshot| {
             // The VM may have ended meanwhile.
@@ -307,10 +251,12 @@ impl Pod {
         Ok(())
     }
 
-    /// The VM is gone, for `reason` (one word).
-    pub async fn set_vm_gone(&self, reason: &str, message: String) {
-        info!(reason, message, "the VM is gone");
-        self.agent.send_replace(None);
+    /// The VM is gone, or what the host had of the pod, for `reason` (one word).
+    pub async fn set_gone(&self, reason: &str, message: String) {
+        info!(reason, message, "the pod has ended");
+        if let Some(guest) = self.guest() {
+            guest.set_agent(None);
+        }
         self.execs.clear();
         let containers: Vec<Arc<Container>> = self.containers().values().cloned().collect();
         let drains = containers
@@ -336,28 +282,19 @@ impl Pod {
                 }
             }
         });
-        self.vm_gone.cancel();
+        self.gone.cancel();
     }
 
-    /// The agent, when the pod is ready for containers.
-    fn agent(&self) -> Result<Agent, PodError> {
+    /// Who runs the containers, when the pod is ready for them.
+    fn ready_runner(&self) -> Result<&Runner, PodError> {
         if self.shutting_down.is_cancelled() {
             return Err(PodError::State("the sandbox is shutting down".to_owned()));
         }
         match self.state.sandbox_state() {
             SandboxState::Booting => Err(PodError::State("the sandbox is not ready".to_owned())),
             SandboxState::Stopped => Err(PodError::State("the sandbox is stopped".to_owned())),
-            SandboxState::Ready => self.any_agent(),
+            SandboxState::Ready => Ok(&self.runner),
         }
-    }
-
-    /// The agent, in any state of the sandbox.
-    fn any_agent(&self) -> Result<Agent, PodError> {
-        let unavailable = || AgentError::Failed {
-            code: Code::Unavailable,
-            message: "the agent's connection is broken".to_owned(),
-        };
-        Ok(self.agent.borrow().clone().ok_or_else(unavailable)?)
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
@@ -399,11 +336,15 @@ impl Observer for Arc<Pod> {
             complete_boot_timeline(snapshot, hello, ready_ns);
         });
         info!(version = hello.agent_version, "the agent is there");
-        self.agent.send_replace(Some(agent));
+        if let Some(guest) = self.guest() {
+            guest.set_agent(Some(agent));
+        }
     }
 
     fn disconnected(&self) {
-        self.agent.send_replace(None);
+        if let Some(guest) = self.guest() {
+            guest.set_agent(None);
+        }
     }
 
     fn event(&self, event: Event) {
@@ -414,7 +355,7 @@ impl Observer for Arc<Pod> {
             Some(event::Kind::Exit(exit)) => self.execs.on_exit(&exit),
             Some(event::Kind::OutOfMemory(event)) => {
                 if let Some(container) = self.containers().get(&event.container_id) {
-                    warn!(container = container.id, "out of memory in the guest");
+                    warn!(container = container.id, "out of memory");
                     container.set_out_of_memory();
                 }
             }

@@ -13,9 +13,6 @@ use super::Pod;
 /// answer is not waited for.
 const STOP_DEADLINE: Duration = Duration::from_secs(6);
 
-/// How long a guest that was asked to power off may take.
-const POWER_OFF_DEADLINE: Duration = Duration::from_secs(2);
-
 /// How long the VMM may take to die.
 const VM_KILL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -34,8 +31,8 @@ impl Pod {
     async fn end(self: Arc<Self>, grace: Duration) {
         info!(?grace, "shutting down");
         let stopped = timeout(grace + STOP_DEADLINE, self.stop_containers(grace)).await;
-        if !self.vm_gone.is_cancelled() {
-            self.end_vm(stopped.is_ok()).await;
+        if !self.gone.is_cancelled() {
+            self.end_all(stopped.is_ok()).await;
         }
         if let Err(error) = self.state.saved().await {
             error!(%error, "the last state is not in its file");
@@ -53,27 +50,24 @@ impl Pod {
         });
         let stops = running.iter().map(|id| async move {
             if let Err(error) = self.stop(id, libc::SIGTERM as u32, grace).await {
-                warn!(container = id, %error, "ends with the VM");
+                warn!(container = id, %error, "ends with the pod");
             }
         });
         futures_util::future::join_all(stops).await;
     }
 
-    /// Lets a guest that answers power itself off, then kills the VM in any case.
-    async fn end_vm(&self, answers: bool) {
-        if let (true, Ok(agent)) = (answers, self.any_agent()) {
-            // Without an answer there is still the kill.
-            let asked = agent.shutdown().await;
-            info!(?asked, "asked the guest to power off");
-            let _ = timeout(POWER_OFF_DEADLINE, self.vm_gone.cancelled()).await;
+    /// Ends the VM, or what the host has of the pod.
+    async fn end_all(&self, answers: bool) {
+        self.runner.end(answers).await;
+        if self.guest().is_none() {
+            self.set_gone("Shutdown", String::new()).await;
         }
-        self.vm_kill.cancel();
-        if timeout(VM_KILL_DEADLINE, self.vm_gone.cancelled())
+        if timeout(VM_KILL_DEADLINE, self.gone.cancelled())
             .await
             .is_err()
         {
             error!("the VMM does not die");
-            self.set_vm_gone("Shutdown", "the VMM does not die".to_owned())
+            self.set_gone("Shutdown", "the VMM does not die".to_owned())
                 .await;
         }
     }

@@ -65,6 +65,6 @@ impl Pod {
             signal,
             all,
         };
-        Ok(self.any_agent()?.signal(request).await?)
+        self.runner.signal(request).await
     }
 }

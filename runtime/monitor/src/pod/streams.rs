@@ -1,14 +1,19 @@
-//! Byte streams between a process in the guest and the monitor: one vsock connection each, named by
+//! Byte streams between a process and the monitor. To the guest each is a vsock connection, named by
 //! a token.
 
+use std::fs::File;
 use std::future::Future;
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use podvisor_monitor::fd_socket::Token;
+use podvisor_oci::stdio::{Streams, Wanted};
 use podvisor_proto::agent::Stdio;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -28,31 +33,11 @@ const CHUNK: usize = 8 * 1024;
 /// Read at most, bytes, of what has arrived when a stream is cut.
 const LAST_BYTES: usize = 1024 * 1024;
 
-/// Which streams a process has.
-#[derive(Clone, Copy)]
-pub struct Wanted {
-    /// Standard input.
-    pub stdin: bool,
-    /// One stream for everything, both ways.
-    pub terminal: bool,
-}
-
 /// Tokens of the streams of a process.
 pub struct Tokens {
     stdin: Option<Token>,
     stdout: Token,
     stderr: Option<Token>,
-}
-
-/// The open streams of a process.
-#[derive(Default)]
-pub struct Streams {
-    /// Standard input; none with a terminal.
-    pub stdin: Option<UnixStream>,
-    /// Standard output, or the terminal.
-    pub stdout: Option<UnixStream>,
-    /// Standard error; none with a terminal.
-    pub stderr: Option<UnixStream>,
 }
 
 impl Tokens {
@@ -92,12 +77,12 @@ impl Tokens {
     }
 }
 
-async fn open_one(dial: &Dial, token: Option<Token>) -> io::Result<Option<UnixStream>> {
+async fn open_one(dial: &Dial, token: Option<Token>) -> io::Result<Option<OwnedFd>> {
     let Some(token) = token else { return Ok(None) };
     let connect = async {
         let mut stream = dial(STREAM_PORT).await?;
         stream.write_all(token.as_bytes()).await?;
-        Ok(Some(stream))
+        Ok(Some(stream.into_std()?.into()))
     };
     match timeout(CONNECT_DEADLINE, connect).await {
         Ok(result) => result,
@@ -108,13 +93,13 @@ async fn open_one(dial: &Dial, token: Option<Token>) -> io::Result<Option<UnixSt
 /// Reads `stream` to its end, or until `grace` after `ended` is cancelled, and keeps the first
 /// `limit` bytes.
 pub async fn capture(
-    stream: Option<UnixStream>,
+    stream: Option<OwnedFd>,
     limit: usize,
     grace: Duration,
     ended: CancellationToken,
 ) -> Vec<u8> {
     let mut kept = Vec::new();
-    let Some(mut stream) = stream else {
+    let Some(Ok(stream)) = stream.map(asynchronous) else {
         return kept;
     };
     let mut chunk = vec![0; CHUNK];
@@ -125,7 +110,7 @@ pub async fn capture(
     let mut cut = std::pin::pin!(cut);
     loop {
         let read = tokio::select! {
-            read = stream.read(&mut chunk) => read,
+            read = stream.async_io(Interest::READABLE, |mut file| file.read(&mut chunk)) => read,
             () = &mut cut => break,
         };
         match read {
@@ -136,7 +121,7 @@ pub async fn capture(
     // What has arrived by now still counts.
     let mut last = 0;
     while last < LAST_BYTES {
-        match stream.try_read(&mut chunk) {
+        match stream.get_ref().read(&mut chunk) {
             Ok(0) | Err(_) => break,
             Ok(count) => {
                 last += count;
@@ -145,6 +130,14 @@ pub async fn capture(
         }
     }
     kept
+}
+
+/// For the reactor: a socket, a pipe or a terminal.
+fn asynchronous(stream: OwnedFd) -> io::Result<AsyncFd<File>> {
+    let flags = OFlag::from_bits_truncate(fcntl(&stream, FcntlArg::F_GETFL)?);
+    fcntl(&stream, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    // SAFETY: the AsyncFd owns the descriptor: it stays open for as long as it is registered.
+    Ok(unsafe { AsyncFd::register(File::from(stream)) }?)
 }
 
 fn keep(kept: &mut Vec<u8>, bytes: &[u8], limit: usize) {
@@ -160,7 +153,12 @@ mod tests {
     async fn output_is_kept_up_to_the_limit_and_drained_beyond() {
         let (ours, mut guests) = UnixStream::pair().expect("socketpair");
         let ended = CancellationToken::new();
-        let reading = tokio::spawn(capture(Some(ours), 5, Duration::ZERO, ended));
+        let reading = tokio::spawn(capture(
+            Some(ours.into_std().expect("std").into()),
+            5,
+            Duration::ZERO,
+            ended,
+        ));
         // Far beyond the socket's buffer: this ends only when all is read.
         guests.write_all(&vec![b'x'; 1 << 20]).await.expect("write");
         drop(guests);
@@ -173,7 +171,13 @@ mod tests {
         guests.write_all(b"arrived").await.expect("write");
         let ended = CancellationToken::new();
         ended.cancel();
-        let kept = capture(Some(ours), 100, Duration::from_millis(10), ended).await;
+        let kept = capture(
+            Some(ours.into_std().expect("std").into()),
+            100,
+            Duration::from_millis(10),
+            ended,
+        )
+        .await;
         assert_eq!(kept, b"arrived");
         drop(guests);
     }

@@ -93,6 +93,7 @@ impl Pod {
             boot_timeout_ms: boot_timeout.as_millis() as u64,
             requested_ns: now_ns(),
             log_filter: "debug,h2=warn,hyper_util=warn,tower=warn".to_owned(),
+            ..Launch::default()
         };
         let log = File::create(path("monitor.log")).unwrap();
         let binary = Path::new(env!("CARGO_BIN_EXE_podvisor-monitor"));

@@ -23,7 +23,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::{Parts, Pod, PodError};
+use super::guest::{Guest, VmParts};
+use super::{Pod, PodError};
 use crate::agent::keep_link;
 use crate::console::Console;
 use crate::fd_table::FdTable;
@@ -49,10 +50,9 @@ impl Rig {
         let streams = Arc::clone(&guest);
         let fds = FdTable::default();
         let (console, _) = Console::new().expect("pipe");
-        let pod = Pod::new(Parts {
-            state: State::new(Snapshot::default(), folder),
+        let state = State::new(Snapshot::default(), folder);
+        let parts = VmParts {
             console,
-            fds: fds.clone(),
             disk: SegmentMap::new(),
             fs: FsDevice::new().expect("device").1,
             scratch: api::Segment {
@@ -74,8 +74,8 @@ impl Rig {
             }),
             vcpus: 1,
             memory_bytes: 512 << 20,
-            requested_ns: now_ns(),
-        });
+        };
+        let pod = Pod::in_vm(state, fds.clone(), now_ns(), parts);
         let (dial_host, incoming) = mpsc::channel(4);
         let observer = Arc::clone(&pod);
         tokio::spawn(async move { keep_link(ReceiverStream::new(incoming), &observer).await });
@@ -87,6 +87,10 @@ impl Rig {
             log: tempfile::tempfile().expect("temporary file"),
             dir,
         }
+    }
+
+    fn guest(&self) -> &Guest {
+        self.pod.guest().expect("a VM")
     }
 
     /// Ready for containers.
@@ -378,8 +382,7 @@ async fn the_agent_may_dial_again() {
     assert_eq!(rig.exec(&id, "true", 0).await.expect("done"), "out\nerr\n0");
 
     cut.cancel();
-    let mut agent = rig.pod.agent.subscribe();
-    agent.wait_for(Option::is_none).await.expect("noticed");
+    rig.guest().agent_gone().await;
     rig.guest.exit(&id, "", 7);
     rig.connect_agent().await;
     assert_eq!(rig.exited(&id).await.exit_code, 7);
@@ -391,9 +394,7 @@ async fn the_end_of_the_vm_is_the_end_of_its_containers() {
     let running = rig.run("a", "sleep").await;
     let ended = rig.run("b", "true").await;
     rig.exited(&ended).await;
-    rig.pod
-        .set_vm_gone("GuestPanic", "so sorry".to_owned())
-        .await;
+    rig.pod.set_gone("GuestPanic", "so sorry".to_owned()).await;
     let snapshot = rig.pod.state().snapshot();
     assert_eq!(snapshot.state(), SandboxState::Stopped);
     assert_eq!(snapshot.reason, "GuestPanic");
@@ -413,7 +414,7 @@ async fn configure_tells_why_a_vm_did_not_boot() {
         async move { pod.configure(ConfigureRequest::default()).await }
     });
     rig.pod
-        .set_vm_gone("BootTimeout", "last words".to_owned())
+        .set_gone("BootTimeout", "last words".to_owned())
         .await;
     let error = waiting.await.expect("answered").expect_err("no VM");
     assert!(error.to_string().contains("last words"));
@@ -426,8 +427,8 @@ async fn shutdown_ends_everything_and_saves_it() {
     let id = rig.run("a", "sleep").await;
     let pod = Arc::clone(&rig.pod);
     tokio::spawn(async move {
-        pod.vm_kill().cancelled().await;
-        pod.set_vm_gone("Shutdown", String::new()).await;
+        pod.guest().expect("a VM").kill().cancelled().await;
+        pod.set_gone("Shutdown", String::new()).await;
     });
     let (one, two) = tokio::join!(
         rig.pod.shutdown(Duration::from_millis(10)),

@@ -1,4 +1,8 @@
 //! CreateContainer to RemoveContainer, ExecSync, ReopenContainerLog.
+//!
+//! - `assembly`: what a container is made of, for a guest and for the host
+
+mod assembly;
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
@@ -20,6 +24,7 @@ use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
 use crate::volumes;
+use assembly::{Assembly, devices_of, open_file};
 
 /// For calls that the guest answers quickly when it answers at all. Longer than the monitor's own
 /// deadlines for the agent, so that its answer, which knows more, comes first.
@@ -63,36 +68,23 @@ impl Daemon {
         check_cpus(&linux.resources.unwrap_or_default())?;
         let security = spec::security(&config);
         let target = self.target(&pod, &security)?;
+        let place = if Self::is_on_host(&pod.record()) {
+            Some(self.place_of(&pod.id, &sandbox_config)?)
+        } else {
+            None
+        };
         let surroundings = spec::Surroundings {
             sandbox: &sandbox_config,
             image: &image.config,
             seccomp: spec::seccomp::profile(&security).await?,
-            devices: spec::devices::of(&config).await?,
+            devices: devices_of(&config, place.is_some()).await?,
             target: target.as_deref(),
+            place: place.as_ref(),
         };
-        let mut built = spec::build(&config, surroundings)?;
-        let volumes::Volumes {
-            host: volumes,
-            images: image_volumes,
-        } = volumes::parse(&config.mounts)?;
-        let mut volume_images = Vec::with_capacity(image_volumes.len());
-        for volume in &image_volumes {
-            let found = self.images.resolve(&volume.image);
-            let image = found.ok_or_else(|| volume.failed("the node does not have it"))?;
-            if let Some(spec) = &mut config.mounts[volume.index].image {
-                spec.image_ref.clone_from(&image.id);
-            }
-            volume_images.push(image);
-        }
-        let volumes = volumes::open(volumes).await?;
-        let devices = config.devices.clone();
-        let devices = tokio::task::spawn_blocking(move || volumes::open_devices(&devices))
-            .await
-            .map_err(|_| Error::Cancelled)??;
+        let built = spec::build(&config, surroundings)?;
+        let volumes = volumes::parse(&config.mounts, place.is_none())?;
+        let volume_images = self.volume_images(&mut config, &volumes)?;
         let id = ids::new_id()?;
-        let mut mounts = built.spec.mounts().clone().unwrap_or_default();
-        mounts.extend(volumes::spec_mounts(&id, &volumes, &image_volumes)?);
-        built.spec.set_mounts(Some(mounts));
         let name = self.container_names.reserve(
             "container",
             ids::container_name(&pod.id, &metadata),
@@ -107,39 +99,22 @@ impl Daemon {
             stop_signal: spec::signal::stop(&config, &image.config),
             config: Some(config.clone()),
         };
-
-        let layers = send_layers(&monitor, &image).await?;
-        let mut sent_volumes = Vec::with_capacity(volume_images.len());
-        for (volume, image) in image_volumes.into_iter().zip(volume_images) {
-            sent_volumes.push(monitor::ImageVolume {
-                layers: send_layers(&monitor, &image).await?,
-                sub_path: volume.sub_path,
-            });
-        }
-        let mut block_devices = Vec::with_capacity(devices.len());
-        for device in devices {
-            block_devices.push(monitor::BlockDevice {
-                fd_token: monitor.send_fd(device.file).await?,
-                length: device.length,
-                read_only: device.read_only,
-                path: device.container_path,
-            });
-        }
-        let mut request = monitor::CreateContainerRequest {
+        let assembly = Assembly {
             id: id.clone(),
-            layers,
-            spec: serde_json::to_vec(&built.spec)
-                .map_err(|error| Error::io("OCI spec")(std::io::Error::other(error)))?,
-            user: Some(built.user),
-            stdin: config.stdin,
-            stdin_once: config.stdin_once,
-            terminal: config.tty,
-            log_fd_token: send_log(&monitor, &record.log_path).await?,
-            guest_devices: built.guest_devices,
-            volumes_fd_token: Vec::new(),
-            image_volumes: sent_volumes,
-            block_devices,
+            built,
+            image,
+            volumes,
+            volume_images,
         };
+        let prepared = match place {
+            None => assembly.for_guest(&monitor, &config).await?,
+            Some(place) => assembly.for_host(place).await?,
+        };
+        let (mut request, files) = prepared;
+        request.stdin = config.stdin;
+        request.stdin_once = config.stdin_once;
+        request.terminal = config.tty;
+        request.log_fd_token = send_log(&monitor, &record.log_path).await?;
         // A task of its own, as with sandboxes: a caller that goes away leaves nothing half made.
         let daemon = Arc::clone(self);
         let (gone, caller) = oneshot::channel::<()>();
@@ -147,8 +122,8 @@ impl Daemon {
             async move {
                 let mut client = monitor.client();
                 let result = async {
-                    request.volumes_fd_token = daemon
-                        .add_volumes(&pod, &monitor, &record.id, volumes)
+                    daemon
+                        .add_files(&pod, &monitor, files, &mut request)
                         .await?;
                     // The disk does not wait for the guest, nor the guest for the disk.
                     let create = client.create_container(request);
@@ -163,16 +138,15 @@ impl Daemon {
                 .await;
                 let abandoned = gone.is_closed();
                 if result.is_err() || abandoned {
-                    if let Err(error) = daemon.remove_volumes(&pod, &record.id).await {
-                        warn!(container = record.id, %error, "volumes are left for the pod's end");
-                    }
                     let request = monitor::RemoveContainerRequest {
                         id: record.id.clone(),
                     };
-                    if let Ok(answer) =
-                        within(CALL, "RemoveContainer", client.remove_container(request)).await
-                    {
+                    let remove = client.remove_container(request);
+                    if let Ok(answer) = within(CALL, "RemoveContainer", remove).await {
                         pod.apply(answer.snapshot);
+                    }
+                    if let Err(error) = daemon.remove_files(&pod, &record.id).await {
+                        warn!(container = record.id, %error, "files are left for the pod's end");
                     }
                     daemon.store.remove_container(record.id).await?;
                     return result.and(if abandoned {
@@ -313,12 +287,17 @@ impl Daemon {
             if container.state().state() == monitor::ContainerState::Running {
                 self.stop_running(&container, Duration::ZERO).await?;
             }
-            // The guest forgets their files when it finds them gone.
-            self.remove_volumes(&container.pod, &id).await?;
+            if !Self::is_on_host(&container.pod.record()) {
+                // The guest forgets their files when it finds them gone.
+                self.remove_files(&container.pod, &id).await?;
+            }
             let request = monitor::RemoveContainerRequest { id: id.clone() };
             let mut client = monitor.client();
             let answer = within(CALL, "RemoveContainer", client.remove_container(request)).await?;
             container.pod.apply(answer.snapshot);
+            if Self::is_on_host(&container.pod.record()) {
+                self.remove_files(&container.pod, &id).await?;
+            }
         }
         self.store.remove_container(id.clone()).await?;
         self.pods.remove_container(&id);
@@ -402,23 +381,6 @@ fn running_monitor(container: &Container) -> Result<Arc<Monitor>> {
     Pod::ready_monitor(&container.pod)
 }
 
-/// Opens an image's layers and hands them to the monitor.
-async fn send_layers(
-    monitor: &Monitor,
-    image: &podvisor_image::Image,
-) -> Result<Vec<monitor::Layer>> {
-    let mut layers = Vec::with_capacity(image.layers.len());
-    for layer in &image.layers {
-        let file = open_file(layer.path.clone(), |path| File::open(path)).await?;
-        layers.push(monitor::Layer {
-            diff_id: layer.diff_id.clone(),
-            length: layer.length,
-            fd_token: monitor.send_fd(file).await?,
-        });
-    }
-    Ok(layers)
-}
-
 /// Where a container's log is: absolute, or empty for none (CRI: either part empty means no log).
 fn log_path(sandbox: &cri::PodSandboxConfig, config: &cri::ContainerConfig) -> String {
     if sandbox.log_directory.is_empty() || config.log_path.is_empty() {
@@ -447,15 +409,6 @@ async fn send_log(monitor: &Monitor, path: &str) -> Result<Vec<u8>> {
     })
     .await?;
     monitor.send_fd(file).await
-}
-
-async fn open_file(
-    path: std::path::PathBuf,
-    open: impl FnOnce(&Path) -> std::io::Result<File> + Send + 'static,
-) -> Result<File> {
-    tokio::task::spawn_blocking(move || open(&path).map_err(Error::io(path.display().to_string())))
-        .await
-        .map_err(|_| Error::Cancelled)?
 }
 
 #[cfg(test)]
