@@ -21,7 +21,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use common::Guest;
+use common::{Guest, PATIENCE};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use podvisor_vmm::qemu::{Accel, QemuConfig};
 use podvisor_vmm::{Backend, FsDevice};
@@ -121,7 +121,8 @@ async fn rates(guest: &mut Guest, volume: &Path, at: &str) -> [f64; NAMES.len()]
         (format!("pick {at}/file {FILE_MEBIBYTES} {PICKS}"), PICKS),
         (format!("files {at}/files {FILES}"), FILES),
     ]) {
-        let microseconds = guest.command(&command).await;
+        guest.tell(&command).await;
+        let microseconds = guest.answer_within(10 * PATIENCE).await;
         let microseconds: f64 = microseconds.parse().expect(&microseconds);
         *rate = f64::from(count) / (microseconds / 1e6);
     }
