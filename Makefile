@@ -13,11 +13,12 @@ image:               ## what a pod's VM boots: target/guest/{vmlinux,bzImage,ini
 run:                 ## try it: install, build, a daemon, a registry, a first pod
 	scripts/run
 
-test: build          ## unit, property and end-to-end tests (as root), then those of VMs on real KVM
+test: build          ## unit, property and end-to-end tests (as root), critest, then the tests of VMs on real KVM
 	cargo test --locked --workspace
+	scripts/conformance
 	scripts/test-kvm
 
-conformance: build   ## critest against podvisord on QEMU, as root; what is skipped: tests/rig/critest/skipped
+conformance: build   ## critest against podvisord on QEMU, for each handler; skipped: tests/rig/critest/skipped
 	scripts/conformance
 
 lint:                ## formatting, clippy, dependencies, shell scripts
@@ -26,8 +27,9 @@ lint:                ## formatting, clippy, dependencies, shell scripts
 fuzz:                ## hostile drivers against each virtio device, MINUTES (10) each, with a nightly compiler
 	scripts/fuzz $(or $(MINUTES),10)
 
-bench: build         ## costs of a pod by phase, as JSON and a table: on QEMU, then on KVM in the nested host
+bench: build         ## costs of a pod by phase: on QEMU, on the node beside containerd, on KVM in the nested host
 	scripts/bench
+	scripts/bench-handlers
 	scripts/bench-kvm
 
 instructions:        ## what each virtio device takes for a request, counted by valgrind

@@ -173,3 +173,14 @@ pub async fn within<T>(
         ))),
     }
 }
+
+/// `work` that waits for the disk or the kernel, where that holds up nobody else.
+///
+/// # Errors
+/// Its own; CANCELLED when podvisord ends.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| Error::Cancelled)?
+}

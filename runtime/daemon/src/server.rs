@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::ids::Names;
 use crate::pod::Pods;
+use crate::services::deadline::DeadlineLayer;
 use crate::services::later::LaterLayer;
 use crate::services::{MAX_MESSAGE, control::Control, image::Images, runtime::Runtime};
 use crate::store::Store;
@@ -60,6 +61,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
+        .layer(DeadlineLayer)
         .layer(LaterLayer)
         .add_service(
             RuntimeServiceServer::new(Runtime::new(Arc::clone(&daemon)))

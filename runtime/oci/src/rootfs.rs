@@ -2,10 +2,10 @@
 //! mounted once, under an overlay.
 
 use std::collections::HashSet;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -35,7 +35,7 @@ pub struct Layers {
 }
 
 impl Layers {
-    /// Mounts are in `dir`, which is made with the first.
+    /// Mounts are in `dir`, which is made with the first. Only root gets there: images have set-uid programs.
     pub fn new(dir: PathBuf) -> Self {
         Self {
             dir,
@@ -136,6 +136,10 @@ impl Layers {
             .map(|layer| {
                 let path = self.path(&layer.diff_id);
                 if !is_erofs(&path) {
+                    DirBuilder::new()
+                        .recursive(true)
+                        .mode(0o700)
+                        .create(&self.dir)?;
                     fs::create_dir_all(&path)?;
                     erofs(&layer.image, &path)?;
                 }

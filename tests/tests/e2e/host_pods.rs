@@ -41,14 +41,16 @@ fn lives(daemon: &mut Daemon, handler: &'static str) {
         .by_handler(handler)
         .with("hostname", json!("inside"));
     let id = daemon.run_pod(&pod);
-    let script = "hostname; id -u; echo err >&2; cat /etc/hostname; mount | grep -c ' / type overlay'; exec sleep 1000";
+    let script = "hostname; id -u; echo err >&2; cat /etc/hostname; grep Seccomp: /proc/self/status; \
+                  mount | grep -c ' / type overlay'; exec sleep 1000";
     let mut main = shell("main", &busybox(), script);
-    main["linux"] = security(json!({"run_as_username": "www-data"}));
+    main["linux"] =
+        security(json!({"run_as_username": "www-data", "seccomp": {"profile_type": 0}}));
     let main = daemon.create_started(&id, &pod, &main);
     logs::wait_for(&pod.log("main"), "1");
     assert_eq!(
         logs::stdout(&pod.log("main")),
-        ["inside", "33", "inside", "1"]
+        ["inside", "33", "inside", "Seccomp:\t2", "1"]
     );
     assert_eq!(logs::stream(&pod.log("main"), "stderr"), ["err"]);
     let release = nix::sys::utsname::uname().expect("a kernel");
@@ -93,6 +95,16 @@ fn lives(daemon: &mut Daemon, handler: &'static str) {
     assert_eq!(daemon.exec(&main, &["echo", "still"]), "still");
     assert_eq!(daemon.leaks(), "");
 
+    // Nobody but root gets to an image's programs.
+    use std::os::unix::fs::PermissionsExt;
+    let run_dir = daemon.instance.run_dir();
+    for dir in ["layers".to_owned(), format!("sandboxes/{id}/bundles")] {
+        let mode = fs::metadata(run_dir.join(dir))
+            .expect("a folder")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
     daemon.crictl(&["rm", "-f", &ends]).ok();
     daemon.crictl(&["stop", "--timeout", "0", &main]).ok();
     let status = daemon.cri().wait_exit(&main);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use indicatif::HumanBytes;
 use podvisor_daemon::config::Config;
+use podvisor_daemon::handlers;
 use podvisor_network::{Cni, CniConfig};
 use podvisor_proto::cri;
 
@@ -32,6 +33,7 @@ pub async fn check(context: &Context) -> Vec<Finding> {
         guest_file("guest initramfs", &config.initramfs_path(), CPIO_NEWC),
         monitor(config),
         cni(config).await,
+        oci_runtimes(config),
         podvisord(&context.socket).await,
     ]
 }
@@ -115,6 +117,32 @@ fn monitor(config: &Config) -> Finding {
         ),
         Err(error) => Finding::missing(NAME, WHY, format!("{}: {error}", path.display()), REMEDY),
     }
+}
+
+fn oci_runtimes(config: &Config) -> Finding {
+    const NAME: &str = "OCI runtimes";
+    const WHY: &str = "pods on the node itself, for what a VM cannot give";
+    let found = |name| match handlers::runtime(config, name) {
+        Ok(binary) => Ok(binary.map(|binary| format!("{name}: {}", binary.display()))),
+        Err(error) => Err(error.to_string()),
+    };
+    let (mut installed, mut missing) = (Vec::new(), Vec::new());
+    for handler in handlers::names(config) {
+        match found(handler) {
+            Ok(runtime) => installed.extend(runtime),
+            Err(problem) => missing.push(problem),
+        }
+    }
+    if missing.is_empty() {
+        return Finding::ok(NAME, WHY, installed.join(", "));
+    }
+    let text = missing.join(", ");
+    Finding::note(
+        NAME,
+        WHY,
+        text,
+        "apt-get install runc, or remove the handler from the configuration",
+    )
 }
 
 async fn cni(config: &Config) -> Finding {

@@ -8,9 +8,9 @@ use oci_spec::runtime::Mount;
 use podvisor_image::Image;
 use podvisor_proto::{cri, monitor};
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
-use crate::host::{self, Place, Roots};
+use crate::host::{self, HostPod, Roots};
 use crate::monitor::Monitor;
 use crate::pod::Pod;
 use crate::spec::{self, ContainerSpec};
@@ -86,13 +86,13 @@ impl Assembly {
     /// FAILED_PRECONDITION: it is not there.
     pub async fn for_host(
         mut self,
-        place: Place,
+        host_pod: HostPod,
     ) -> Result<(monitor::CreateContainerRequest, Files)> {
         let volumes = self.volumes.host;
         let mounts = blocking(move || host::mounts::of_host(&volumes)).await?;
         add_mounts(&mut self.built, mounts);
         if let Some(linux) = self.built.spec.linux_mut() {
-            linux.set_cgroups_path(Some(place.cgroup.join(&self.id)));
+            linux.set_cgroups_path(Some(host_pod.cgroup.join(&self.id)));
         }
         let roots = Roots {
             layers: host::layers(&self.image),
@@ -217,12 +217,4 @@ fn add_mounts(built: &mut ContainerSpec, more: Vec<Mount>) {
 fn to_json(built: &ContainerSpec) -> Result<Vec<u8>> {
     serde_json::to_vec(&built.spec)
         .map_err(|error| Error::io("OCI spec")(std::io::Error::other(error)))
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|_| Error::Cancelled)?
 }

@@ -68,8 +68,8 @@ impl Daemon {
         check_cpus(&linux.resources.unwrap_or_default())?;
         let security = spec::security(&config);
         let target = self.target(&pod, &security)?;
-        let place = if Self::is_on_host(&pod.record()) {
-            Some(self.place_of(&pod.id, &sandbox_config)?)
+        let host_pod = if Self::is_on_host(&pod.record()) {
+            Some(self.host_pod(&pod.id, &sandbox_config)?)
         } else {
             None
         };
@@ -77,12 +77,12 @@ impl Daemon {
             sandbox: &sandbox_config,
             image: &image.config,
             seccomp: spec::seccomp::profile(&security).await?,
-            devices: devices_of(&config, place.is_some()).await?,
+            devices: devices_of(&config, host_pod.is_some()).await?,
             target: target.as_deref(),
-            place: place.as_ref(),
+            host_pod: host_pod.as_ref(),
         };
         let built = spec::build(&config, surroundings)?;
-        let volumes = volumes::parse(&config.mounts, place.is_none())?;
+        let volumes = volumes::parse(&config.mounts, host_pod.is_none())?;
         let volume_images = self.volume_images(&mut config, &volumes)?;
         let id = ids::new_id()?;
         let name = self.container_names.reserve(
@@ -106,9 +106,9 @@ impl Daemon {
             volumes,
             volume_images,
         };
-        let prepared = match place {
+        let prepared = match host_pod {
             None => assembly.for_guest(&monitor, &config).await?,
-            Some(place) => assembly.for_host(place).await?,
+            Some(host_pod) => assembly.for_host(host_pod).await?,
         };
         let (mut request, files) = prepared;
         request.stdin = config.stdin;

@@ -5,14 +5,15 @@
 //! the host's namespace, so that they are there whoever of us dies. Writable layers are in `scratch/SANDBOX` of
 //! the data directory.
 //!
-//! - here: the pod's place, and its containers' root file systems
+//! - here: what a pod shares with the host, and its containers' root file systems
 //! - [`mounts`]: volumes as the OCI runtime is to mount them
 
 pub mod mounts;
 
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::MsFlags;
@@ -20,7 +21,7 @@ use podvisor_oci::rootfs::Layer;
 use podvisor_proto::cri;
 
 use crate::cgroup::hierarchy;
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
 use crate::handlers::{self, Reason};
 use crate::inventory;
@@ -31,9 +32,9 @@ use crate::store::{Phase, SandboxRecord};
 /// Size of a pod's /dev/shm, as in a VM and with containerd.
 const SHM: &str = "mode=1777,size=65536k";
 
-/// Where a pod of the host's own is.
+/// Where a pod of the host's own is, and what it shares with the host.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct HostPod {
     /// Its network namespace; none: the host's.
     pub netns: Option<PathBuf>,
     /// It has IPC objects of its own.
@@ -72,11 +73,11 @@ pub fn shares_network(config: &cri::PodSandboxConfig) -> bool {
 }
 
 impl Daemon {
-    /// The place of a pod.
+    /// A pod, as its configuration says.
     ///
     /// # Errors
     /// Its `cgroup_parent` is none.
-    pub fn place_of(&self, id: &str, config: &cri::PodSandboxConfig) -> Result<Place> {
+    pub fn host_pod(&self, id: &str, config: &cri::PodSandboxConfig) -> Result<HostPod> {
         let own_ipc = !Reason::HostIpc.applies(config);
         let own_network = !shares_network(config);
         let parent = hierarchy::parent_path(&self.cgroup_parent(config));
@@ -85,7 +86,7 @@ impl Daemon {
             problem,
         })?;
         let leaf = inventory::cgroup_leaf(&self.config.run_dir, id);
-        Ok(Place {
+        Ok(HostPod {
             netns: own_network.then(|| self.netns_path(id)),
             own_ipc,
             // As a node's processes see it, which use its network by its name.
@@ -180,16 +181,19 @@ pub fn image_dir(bundle: &Path, number: usize) -> PathBuf {
     bundle.join("images").join(number.to_string())
 }
 
-/// Makes what a pod needs before its monitor starts: /dev/shm, and a folder for writable layers. Blocking.
+/// Makes what a pod needs before its monitor starts, in the sandbox's folder `dir` and, for writable layers, in `writable`.
+/// Only root gets to what is an image's: there are set-uid programs. Blocking.
 ///
 /// # Errors
 /// The disk or the kernel refuses.
-pub fn prepare(place: &Place, writable: &Path) -> io::Result<()> {
-    fs::create_dir(writable)?;
-    if place.own_ipc {
-        fs::create_dir(&place.shm)?;
+pub fn prepare(host_pod: &HostPod, dir: &Path, writable: &Path) -> io::Result<()> {
+    for private in [writable, &dir.join("bundles")] {
+        DirBuilder::new().mode(0o700).create(private)?;
+    }
+    if host_pod.own_ipc {
+        fs::create_dir(&host_pod.shm)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        podvisor_oci::mount::mount(Path::new("shm"), &place.shm, "tmpfs", flags, SHM)?;
+        podvisor_oci::mount::mount(Path::new("shm"), &host_pod.shm, "tmpfs", flags, SHM)?;
     }
     Ok(())
 }
@@ -226,12 +230,4 @@ pub fn remove_mounted(dir: &Path) -> Result<()> {
 fn remove_tree(dir: &Path) -> Result<()> {
     let removed = inventory::remove_folder(dir);
     removed.map_err(|error| Error::io("removing a folder")(io::Error::other(error)))
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|_| Error::Cancelled)?
 }

@@ -320,17 +320,17 @@ impl Daemon {
         config: &cri::PodSandboxConfig,
         runtime: &Path,
     ) -> Result<Prepared> {
-        let place = self.place_of(id, config)?;
+        let host_pod = self.host_pod(id, config)?;
         let (dir, writable) = (self.sandbox_dir(id), self.writable_dir(id));
         let host = monitor::HostSpec {
             runtime: runtime.display().to_string(),
             dir: dir.display().to_string(),
-            own_uts: place.own_uts,
-            own_ipc: place.own_ipc,
+            own_uts: host_pod.own_uts,
+            own_ipc: host_pod.own_ipc,
         };
         let parent = self.cgroup_parent(config);
         let leaf = inventory::cgroup_leaf(&self.config.run_dir, id);
-        let netns_path = place.netns.clone();
+        let netns_path = host_pod.netns.clone();
         let network = async {
             match netns_path {
                 Some(path) => Ok(netns::create(&path).await?),
@@ -339,7 +339,7 @@ impl Daemon {
         };
         let files = tokio::task::spawn_blocking(move || -> Result<_> {
             std::fs::create_dir(&dir).map_err(Error::io(dir.display().to_string()))?;
-            host::prepare(&place, &writable).map_err(Error::io("the pod's folders"))?;
+            host::prepare(&host_pod, &dir, &writable).map_err(Error::io("the pod's folders"))?;
             // A group of its own: the containers' are beside it, and on cgroup v2 a group has processes or groups.
             Ok(PodCgroup::create(&parent, &leaf)?.child("monitor")?)
         });

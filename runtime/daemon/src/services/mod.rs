@@ -1,6 +1,7 @@
 //! The gRPC services: from CRI messages to the daemon and back. No decisions here.
 
 pub mod control;
+pub mod deadline;
 pub mod image;
 pub mod later;
 pub mod runtime;

@@ -150,7 +150,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<cri::CreateContainerRequest>,
     ) -> Result<Response<cri::CreateContainerResponse>, Status> {
-        let result = self.daemon.create_container(request.into_inner()).await;
+        let created = Box::pin(self.daemon.create_container(request.into_inner()));
+        let result = created.await;
         if let Ok(id) = &result {
             tracing::Span::current().record("container", id);
         }

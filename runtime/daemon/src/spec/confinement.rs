@@ -125,13 +125,13 @@ fn label(security: &cri::LinuxContainerSecurityContext) -> Result<Option<String>
     let cri::SeLinuxOption {
         user,
         role,
-        r#type,
+        r#type: kind,
         level,
     } = options;
-    if !is_level(&level) || ![&user, &role, &r#type].into_iter().all(|text| word(text)) {
+    if !is_level(&level) || ![&user, &role, &kind].into_iter().all(|text| word(text)) {
         return Err(Error::Invalid {
             field: "config.linux.security_context.selinux_options",
-            problem: format!("\"{user}:{role}:{type}:{level}\" is no label", type = r#type),
+            problem: format!("\"{user}:{role}:{kind}:{level}\" is no label"),
         });
     }
     let or = |value: String, usual: &str| {
@@ -143,7 +143,7 @@ fn label(security: &cri::LinuxContainerSecurityContext) -> Result<Option<String>
     };
     // What a node gives containers that name only a part (container-selinux).
     let (user, role) = (or(user, "system_u"), or(role, "system_r"));
-    let (kind, level) = (or(r#type, "container_t"), or(level, "s0"));
+    let (kind, level) = (or(kind, "container_t"), or(level, "s0"));
     Ok(Some(format!("{user}:{role}:{kind}:{level}")))
 }
 

@@ -8,7 +8,7 @@ use podvisor_proto::cri;
 
 use super::capabilities;
 use super::confinement::Confinement;
-use crate::host::Place;
+use crate::host::HostPod;
 
 /// linux/capability.h
 const CAP_SYS_RESOURCE: u8 = 24;
@@ -18,7 +18,7 @@ pub fn adapt(
     spec: &mut Spec,
     config: &cri::ContainerConfig,
     sandbox: &cri::PodSandboxConfig,
-    place: &Place,
+    host_pod: &HostPod,
     confinement: Confinement,
 ) {
     if let Some(process) = spec.process_mut() {
@@ -39,7 +39,7 @@ pub fn adapt(
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
         if mount.destination().as_os_str() == "/dev/shm" {
-            mount.set_source(Some(place.shm.clone()));
+            mount.set_source(Some(host_pod.shm.clone()));
         }
     }
     spec.set_mounts(Some(mounts));

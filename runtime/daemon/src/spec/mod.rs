@@ -22,7 +22,7 @@ use oci_spec::runtime::{
 use podvisor_proto::{agent, cri};
 
 use crate::error::{Error, Result};
-use crate::host::Place;
+use crate::host::HostPod;
 use confinement::Confinement;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -60,7 +60,7 @@ pub struct Surroundings<'a> {
     /// Id of the container whose processes it sees (pid mode TARGET).
     pub target: Option<&'a str>,
     /// Of its pod on the host; none: it is in a VM.
-    pub place: Option<&'a Place>,
+    pub host_pod: Option<&'a HostPod>,
 }
 
 /// The security context, or what the CRI means by none.
@@ -89,13 +89,13 @@ pub fn build(
             problem: "the sandbox is not privileged".into(),
         });
     }
-    let confinement = match surroundings.place {
+    let confinement = match surroundings.host_pod {
         None => confinement::check(&security).map(|()| Confinement::default())?,
         Some(_) => confinement::on_host(&security)?,
     };
-    let namespaces = match surroundings.place {
+    let namespaces = match surroundings.host_pod {
         None => namespaces::of(&security, surroundings.target)?,
-        Some(place) => namespaces::on_host(&security, surroundings.target, place)?,
+        Some(host_pod) => namespaces::on_host(&security, surroundings.target, host_pod)?,
     };
     let image = surroundings.image.config().clone().unwrap_or_default();
     let resources = config
@@ -178,8 +178,14 @@ pub fn build(
         .linux(linux.build().map_err(build_error)?)
         .build()
         .map_err(build_error)?;
-    if let Some(place) = surroundings.place {
-        host::adapt(&mut spec, config, surroundings.sandbox, place, confinement);
+    if let Some(host_pod) = surroundings.host_pod {
+        host::adapt(
+            &mut spec,
+            config,
+            surroundings.sandbox,
+            host_pod,
+            confinement,
+        );
     }
     Ok(ContainerSpec {
         spec,
@@ -413,7 +419,7 @@ mod tests {
             seccomp: None,
             devices: devices::Devices::default(),
             target: None,
-            place: None,
+            host_pod: None,
         };
         build(config, surroundings)
     }

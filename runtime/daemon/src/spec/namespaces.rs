@@ -7,7 +7,7 @@ use podvisor_proto::cri::{self, NamespaceMode};
 
 use super::build_error;
 use crate::error::{Error, Result};
-use crate::host::Place;
+use crate::host::HostPod;
 
 /// Namespace path that the agent replaces by the pod's own.
 const POD: &str = "pod";
@@ -53,14 +53,14 @@ pub fn of(
     .collect()
 }
 
-/// The namespaces of a container on the host: those of its pod, which is at `place`, or the host's.
+/// The namespaces of a container on the host: those of its pod, or the host's.
 ///
 /// # Errors
 /// INVALID_ARGUMENT: modes that the CRI does not have, UNIMPLEMENTED: user namespaces.
 pub fn on_host(
     security: &cri::LinuxContainerSecurityContext,
     target: Option<&str>,
-    place: &Place,
+    host_pod: &HostPod,
 ) -> Result<Vec<LinuxNamespace>> {
     let options = security.namespace_options.clone().unwrap_or_default();
     let users = options.userns_options.clone().unwrap_or_default();
@@ -74,13 +74,13 @@ pub fn on_host(
         (LinuxNamespaceType::Mount, None),
         (LinuxNamespaceType::Cgroup, None),
     ];
-    if let Some(netns) = &place.netns {
+    if let Some(netns) = &host_pod.netns {
         wanted.push((LinuxNamespaceType::Network, Some(netns.clone())));
     }
-    if place.own_ipc {
+    if host_pod.own_ipc {
         wanted.push((LinuxNamespaceType::Ipc, Some(POD.into())));
     }
-    if place.own_uts {
+    if host_pod.own_uts {
         wanted.push((LinuxNamespaceType::Uts, Some(POD.into())));
     }
     match (options.pid(), target) {

@@ -6,7 +6,7 @@ use tracing::{info, warn};
 
 use super::{FsServer, Source, Volume, server};
 use crate::cgroup::PodCgroup;
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
 use crate::inventory;
 use crate::monitor::Monitor;
@@ -126,11 +126,4 @@ impl Daemon {
         *place = Some(Arc::clone(&server));
         Ok(server)
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let task = tokio::task::spawn_blocking(work);
-    task.await.map_err(|_| Error::Cancelled)?
 }

@@ -43,10 +43,10 @@ impl Source {
         let place = open(&volume.host_path, flags, Mode::empty())?;
         let kind = SFlag::from_bits_truncate(fstat(&place)?.st_mode) & SFlag::S_IFMT;
         let tree = mount::clone(place.as_fd())?;
-        let propagation = if volume.propagation != Propagation::Private {
-            libc::MS_SLAVE
-        } else {
+        let propagation = if volume.propagation == Propagation::Private {
             libc::MS_PRIVATE
+        } else {
+            libc::MS_SLAVE
         };
         mount::set(tree.as_fd(), 0, propagation, true)?;
         if volume.read_only {

@@ -37,13 +37,13 @@ pub trait Namespaces {
     fn of_container(&self, id: &str, kind: &str) -> Result<PathBuf, HostError>;
 }
 
-/// What `spec` says of a namespace. `None`: the host's; `Some(None)`: one of the container's own.
-pub fn path_of(spec: &Spec, kind: LinuxNamespaceType) -> Option<Option<PathBuf>> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let found = namespaces
-        .iter()
-        .find(|namespace| namespace.typ() == kind)?;
-    Some(found.path().clone())
+/// Whether a namespace is to be the container's own: not the host's, not another's.
+pub fn is_own(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let linux = spec.linux().as_ref();
+    let mut namespaces = linux
+        .into_iter()
+        .flat_map(|linux| linux.namespaces().iter().flatten());
+    namespaces.any(|namespace| namespace.typ() == kind && namespace.path().is_none())
 }
 
 /// Fills in the user's numbers, the namespaces, and the pod's files, which are in `dir`.
@@ -157,5 +157,119 @@ fn merge(value: &mut Value, changes: Value) {
             }
         }
         (value, change) => *value = change,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use serde_json::json;
+
+    use super::*;
+
+    struct Fixed;
+
+    impl Namespaces for Fixed {
+        fn of_pod(&self, kind: &str) -> Result<PathBuf, HostError> {
+            Ok(Path::new("/pod").join(kind))
+        }
+
+        fn of_container(&self, id: &str, kind: &str) -> Result<PathBuf, HostError> {
+            Ok(Path::new("/container").join(id).join(kind))
+        }
+    }
+
+    fn spec() -> Spec {
+        let spec = json!({
+            "ociVersion": "1.0.2",
+            "process": {"args": ["a"], "cwd": "/", "env": ["A=1"], "user": {"uid": 0, "gid": 0}},
+            "mounts": [{"destination": "/etc/hosts", "source": "/mine"}],
+            "linux": {
+                "namespaces": [
+                    {"type": "mount"},
+                    {"type": "network", "path": "/run/netns/x"},
+                    {"type": "uts", "path": "pod"},
+                    {"type": "pid", "path": "container:abc"},
+                ],
+                "resources": {"memory": {"limit": 1}, "cpu": {"shares": 2}},
+            },
+        });
+        serde_json::from_value(spec).expect("a specification")
+    }
+
+    #[test]
+    fn what_is_left_open_is_filled_in() {
+        let bundle = tempfile::tempdir().expect("temporary directory");
+        let etc = bundle.path().join("rootfs/etc");
+        fs::create_dir_all(&etc).expect("writable");
+        fs::write(etc.join("passwd"), "web:x:33:44::/var/www:/bin/sh\n").expect("writable");
+        // A link of the image's does not lead outside.
+        symlink("/etc/group", etc.join("group")).expect("writable");
+        let wanted = User {
+            name: "web".to_owned(),
+            ..User::default()
+        };
+        let dir = Path::new("/sandbox");
+        let (spec, user) = complete(spec(), bundle.path(), dir, &wanted, &Fixed).expect("complete");
+        assert_eq!((user.uid, user.gid), (33, 44));
+        let json = serde_json::to_value(&spec).expect("JSON");
+        assert_eq!(json["process"]["user"]["uid"], 33);
+        assert_eq!(json["process"]["env"], json!(["A=1", "HOME=/var/www"]));
+        let paths: Vec<_> = json["linux"]["namespaces"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .map(|namespace| namespace["path"].as_str().unwrap_or_default())
+            .collect();
+        assert_eq!(
+            paths,
+            ["", "/run/netns/x", "/pod/uts", "/container/abc/pid"]
+        );
+        let targets: Vec<_> = json["mounts"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .map(|mount| (mount["destination"].as_str(), mount["source"].as_str()))
+            .collect();
+        // Its own hosts file, the pod's other files.
+        assert_eq!(
+            targets,
+            [
+                (Some("/etc/hosts"), Some("/mine")),
+                (Some("/etc/hostname"), Some("/sandbox/hostname")),
+                (Some("/etc/resolv.conf"), Some("/sandbox/resolv.conf")),
+            ]
+        );
+        assert!(is_own(&spec, LinuxNamespaceType::Mount));
+        assert!(!is_own(&spec, LinuxNamespaceType::Pid));
+        assert!(!is_own(&spec, LinuxNamespaceType::Ipc));
+    }
+
+    #[test]
+    fn an_unknown_user_is_told() {
+        let bundle = tempfile::tempdir().expect("temporary directory");
+        fs::create_dir(bundle.path().join("rootfs")).expect("writable");
+        let wanted = User {
+            name: "nobody-here".to_owned(),
+            ..User::default()
+        };
+        let result = complete(spec(), bundle.path(), Path::new("/s"), &wanted, &Fixed);
+        assert!(matches!(result, Err(HostError::User(_))));
+    }
+
+    #[test]
+    fn limits_that_are_not_named_stay() {
+        let bundle = tempfile::tempdir().expect("temporary directory");
+        let changes = json!({"memory": {"limit": 5}}).to_string();
+        let limits = update(bundle.path(), &spec(), changes.as_bytes()).expect("updated");
+        let json = serde_json::to_value(&limits).expect("JSON");
+        assert_eq!(
+            (&json["memory"]["limit"], &json["cpu"]["shares"]),
+            (&json!(5), &json!(2))
+        );
+        let written = read(bundle.path()).expect("written");
+        let linux = written.linux().clone().expect("linux");
+        assert_eq!(linux.resources().as_ref(), Some(&limits));
     }
 }

@@ -29,7 +29,7 @@ use podvisor_proto::agent::{
 use podvisor_proto::monitor::CreateContainerRequest;
 use podvisor_root::user::UserError;
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{OnceCell, mpsc};
 use tonic::Code;
 use tracing::warn;
 
@@ -71,12 +71,12 @@ impl HostError {
     /// As callers are told.
     pub fn code(&self) -> Code {
         match self {
-            Self::User(UserError::Read(_)) | Self::Kernel { .. } => Code::Internal,
-            Self::User(_) => Code::InvalidArgument,
-            Self::Spec(_) => Code::InvalidArgument,
+            Self::User(UserError::Read(_))
+            | Self::Kernel { .. }
+            | Self::Runtime(RuntimeError::Io(..)) => Code::Internal,
+            Self::User(_) | Self::Spec(_) => Code::InvalidArgument,
             Self::NotFound(_) => Code::NotFound,
             Self::Runtime(RuntimeError::Deadline { .. }) => Code::DeadlineExceeded,
-            Self::Runtime(RuntimeError::Io(..)) => Code::Internal,
             Self::Runtime(RuntimeError::Failed(_)) => Code::FailedPrecondition,
         }
     }
@@ -117,6 +117,8 @@ struct HostContainer {
     /// Below the roots of the hierarchies.
     cgroup: PathBuf,
     processes: Mutex<HashMap<String, Arc<Process>>>,
+    /// Set when the runtime has forgotten it.
+    deleted: OnceCell<()>,
 }
 
 impl HostContainer {
@@ -125,6 +127,12 @@ impl HostContainer {
         self.processes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the runtime forget the container, and kill what is left of it; once.
+    async fn delete(&self, runtime: &Runtime, id: &str) -> Result<(), RuntimeError> {
+        let deleted = self.deleted.get_or_try_init(|| runtime.delete(id)).await;
+        deleted.map(|_| ())
     }
 }
 
@@ -178,7 +186,7 @@ impl Host {
     pub fn create(&self, request: &CreateContainerRequest) -> Result<ResolvedUser, HostError> {
         let spec: Spec = serde_json::from_slice(&request.spec)
             .map_err(|error| HostError::Spec(error.to_string()))?;
-        let own_pids = bundle::path_of(&spec, LinuxNamespaceType::Pid) == Some(None);
+        let own_pids = bundle::is_own(&spec, LinuxNamespaceType::Pid);
         let bundle = self.bundle(&request.id);
         let user = request.user.clone().unwrap_or_default();
         let (spec, user) = bundle::complete(spec, &bundle, &self.dir, &user, self)?;
@@ -190,6 +198,7 @@ impl Host {
             own_pids,
             cgroup: linux.cgroups_path().clone().ok_or_else(missing)?,
             processes: Mutex::default(),
+            deleted: OnceCell::new(),
         };
         self.containers()
             .insert(request.id.clone(), container.into());
@@ -252,10 +261,11 @@ impl Host {
             drop(awaited);
             exit.time_ns = now_ns();
             let is_first = exit.exec_id.is_empty();
-            if is_first && !container.own_pids {
-                if let Err(error) = runtime.kill_all(&exit.container_id).await {
-                    warn!(container = exit.container_id, %error, "its other processes were not killed");
-                }
+            if is_first
+                && !container.own_pids
+                && let Err(error) = runtime.kill_all(&exit.container_id).await
+            {
+                warn!(container = exit.container_id, %error, "its other processes were not killed");
             }
             // Nobody listens any more when the pod has ended.
             if is_first && out_of_memory::happened(&container.cgroup) {
@@ -264,7 +274,10 @@ impl Host {
                 });
                 let _ = events.send(news(kind));
             }
-            let _ = events.send(news(event::Kind::Exit(exit)));
+            let _ = events.send(news(event::Kind::Exit(exit.clone())));
+            if is_first && let Err(error) = container.delete(&runtime, &exit.container_id).await {
+                warn!(container = exit.container_id, %error, "is deleted when it is removed");
+            }
         });
         (pid, started.streams)
     }
@@ -300,8 +313,10 @@ impl Host {
 
     /// Takes a container away; its bundle is podvisord's.
     pub async fn remove(&self, id: &str) -> Result<(), HostError> {
-        // One that never ran is not known to the runtime: that is no failure of forced deletion.
-        self.runtime.delete(id).await?;
+        if let Ok(container) = self.container(id) {
+            // One that never ran is not known to the runtime: that is no failure of forced deletion.
+            container.delete(&self.runtime, id).await?;
+        }
         self.containers().remove(id);
         Ok(())
     }
