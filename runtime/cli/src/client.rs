@@ -108,15 +108,17 @@ impl Daemon {
     }
 }
 
+/// The folder of a pod.
+pub fn sandbox_dir(run_dir: &Path, sandbox_id: &str) -> PathBuf {
+    run_dir.join("sandboxes").join(sandbox_id)
+}
+
 /// Connects to the monitor of a pod, which serves root on the same host, with or without podvisord.
 pub async fn monitor(
     run_dir: &Path,
     sandbox_id: &str,
 ) -> Result<MonitorClient<Channel>, ClientError> {
-    let socket = run_dir
-        .join("sandboxes")
-        .join(sandbox_id)
-        .join("monitor.sock");
+    let socket = sandbox_dir(run_dir, sandbox_id).join("monitor.sock");
     let channel = connect(&socket)
         .await
         .map_err(|source| match source.kind() {

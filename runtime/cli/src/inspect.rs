@@ -34,7 +34,9 @@ async fn vm(context: &Context, id: &str) -> Result<Value, ClientError> {
     let stats = client::vm_stats(run_dir, id).await?;
     let monitor_pid = client::snapshot(run_dir, id).await?.monitor_pid;
     // As root it can be read, unless the pod ends just now.
-    let processes = memory::of_pod(monitor_pid, &stats.guest_memory).unwrap_or_default();
+    let mut processes = memory::of_pod(monitor_pid, &stats.guest_memory).unwrap_or_default();
+    let server = memory::volume_server(&client::sandbox_dir(run_dir, id));
+    processes.extend(server.ok().flatten());
     let resident: u64 = processes.iter().map(|p| p.usage.guest_ram_pss).sum();
     let overhead: u64 = processes.iter().map(|p| p.usage.pss).sum();
     let devices = stats.devices.into_iter().map(|device| {

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 
 use podvisor_proto::monitor::AddressRange;
 
@@ -70,6 +72,19 @@ pub fn process(pid: u32, guest_memory: &[AddressRange]) -> io::Result<Process> {
     })
 }
 
+/// The podvisor-fs of the pod whose folder is `sandbox`; `None`: no container has had volumes. podvisord is its parent, not
+/// the monitor: it is found by the folder that it serves.
+pub fn volume_server(sandbox: &Path) -> io::Result<Option<Process>> {
+    let shares = sandbox.join("shares");
+    for pid in pids()? {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if command.split(|byte| *byte == 0).nth(1) == Some(shares.as_os_str().as_bytes()) {
+            return process(pid, &[]).map(Some);
+        }
+    }
+    Ok(None)
+}
+
 /// `MemAvailable` of a /proc/meminfo, in bytes.
 pub fn available(meminfo: &str) -> Option<u64> {
     let line = meminfo
@@ -79,13 +94,14 @@ pub fn available(meminfo: &str) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
+fn pids() -> io::Result<impl Iterator<Item = u32>> {
+    let entries = fs::read_dir("/proc")?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()))
+}
+
 fn children_by_parent() -> io::Result<BTreeMap<u32, Vec<u32>>> {
     let mut children: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-    for entry in fs::read_dir("/proc")? {
-        let name = entry?.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
+    for pid in pids()? {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         if let Some(parent) = parent(&stat) {
             children.entry(parent).or_default().push(pid);

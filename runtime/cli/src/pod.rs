@@ -69,6 +69,11 @@ impl Pod {
         self.id.as_deref()
     }
 
+    /// Its folder.
+    pub fn folder(&self) -> PathBuf {
+        client::sandbox_dir(&self.run_dir, self.id().unwrap_or_default())
+    }
+
     /// RunPodSandbox.
     pub async fn run(
         &mut self,

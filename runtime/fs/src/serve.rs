@@ -4,10 +4,12 @@ use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
 use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{MsgFlags, recv, send};
 
 use crate::passthrough::Passthrough;
@@ -19,7 +21,14 @@ const THREADS: usize = 4;
 const STACK_BYTES: usize = 128 << 10;
 
 /// Longest request and answer: what the device passes on.
-const MAX_MESSAGE: usize = (32 + 4) << 12;
+const MAX_MESSAGE: usize = (256 + 4) << 12;
+
+/// Room for a request and, behind it, its answer: never are both long.
+const BUFFER_BYTES: usize = MAX_MESSAGE + (4 << 10);
+
+/// What a thread keeps of its buffer when there is nothing to do, and how long it keeps more.
+const KEPT_BYTES: usize = 16 << 10;
+const IDLE: Duration = Duration::from_secs(1);
 
 /// `struct fuse_in_header` and `struct fuse_out_header` (linux/fuse.h).
 const IN_HEADER_BYTES: usize = 40;
@@ -31,31 +40,76 @@ const OUT_HEADER_BYTES: usize = 16;
 /// No thread could be started, or one cannot serve.
 pub fn serve(files: Passthrough, socket: OwnedFd) -> io::Result<()> {
     files.enter_thread()?;
-    let server = Arc::new(files);
-    let socket = Arc::new(socket);
+    let requests = Arc::new(Requests::new(socket)?);
+    let files = Arc::new(files);
     for _ in 1..THREADS {
-        let (files, socket) = (Arc::clone(&server), Arc::clone(&socket));
+        let (files, requests) = (Arc::clone(&files), Arc::clone(&requests));
         thread::Builder::new()
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 if files.enter_thread().is_ok() {
-                    answer_all(&Server::new(files), &socket);
+                    answer_all(&Server::new(files), &requests);
                 }
             })?;
     }
-    answer_all(&Server::new(server), &socket);
+    answer_all(&Server::new(files), &requests);
     Ok(())
 }
 
+/// Where requests come from.
+struct Requests {
+    socket: OwnedFd,
+    /// Of the threads that wait for it, the kernel wakes the one that has worked last, where the socket itself would
+    /// wake each in its turn: a thread that does all the work has its memory in the caches, and the others have none.
+    ready: Epoll,
+}
+
+/// Wakes one thread, and no other until it says that it has taken the request.
+const READY: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLONESHOT);
+
+impl Requests {
+    fn new(socket: OwnedFd) -> io::Result<Self> {
+        let ready = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        ready.add(&socket, EpollEvent::new(READY, 0))?;
+        Ok(Self { socket, ready })
+    }
+
+    /// Waits for the next one. Returns its length, 0 when there will be none, and `None` when there has been none for
+    /// as long as `patience`.
+    fn next(&self, buffer: &mut [u8], patience: EpollTimeout) -> nix::Result<Option<usize>> {
+        loop {
+            match self.ready.wait(&mut [EpollEvent::empty()], patience) {
+                Ok(0) => return Ok(None),
+                Ok(_) => {}
+                Err(Errno::EINTR) => continue,
+                Err(error) => return Err(error),
+            }
+            let received = recv(self.socket.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT);
+            // The next one is another thread's.
+            self.ready
+                .modify(&self.socket, &mut EpollEvent::new(READY, 0))?;
+            match received {
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                result => return result.map(Some),
+            }
+        }
+    }
+}
+
 /// Answers requests until the other end is closed, which ends the process.
-fn answer_all(server: &Server<Arc<Passthrough>>, socket: &OwnedFd) {
-    let mut request = vec![0; MAX_MESSAGE];
-    let mut answer = vec![0; MAX_MESSAGE];
+fn answer_all(server: &Server<Arc<Passthrough>>, requests: &Requests) {
+    let socket = requests.socket.as_raw_fd();
+    let mut buffer = vec![0; BUFFER_BYTES];
+    let mut patience = EpollTimeout::NONE;
     loop {
-        let length = match recv(socket.as_raw_fd(), &mut request, MsgFlags::empty()) {
-            Ok(0) => std::process::exit(0),
-            Ok(length) => length,
-            Err(Errno::EINTR) => continue,
+        let length = match requests.next(&mut buffer[..MAX_MESSAGE], patience) {
+            Ok(Some(0)) => std::process::exit(0),
+            Ok(Some(length)) => length,
+            Ok(None) => {
+                give_back(&mut buffer[KEPT_BYTES..]);
+                patience = EpollTimeout::NONE;
+                continue;
+            }
             Err(error) => {
                 eprintln!("receiving a request: {error}");
                 std::process::exit(1);
@@ -64,19 +118,32 @@ fn answer_all(server: &Server<Arc<Passthrough>>, socket: &OwnedFd) {
         if length < IN_HEADER_BYTES {
             continue;
         }
+        let (request, answer) = buffer.split_at_mut(length);
         let mut unique = [0; 8];
         unique.copy_from_slice(&request[8..16]);
-        let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(&mut request[..length]));
-        let writer = FuseDevWriter::<()>::new(socket.as_raw_fd(), &mut answer);
+        let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request));
+        let writer = FuseDevWriter::<()>::new(socket, answer);
         let (Ok(reader), Ok(writer)) = (reader, writer) else {
             // Neither has a reason to.
             continue;
         };
-        let answered = server.handle_message(reader, Writer::FuseDev(writer), None, None);
-        if answered.is_err() {
-            refuse(socket, unique);
+        match server.handle_message(reader, Writer::FuseDev(writer), None, None) {
+            Ok(answered) if length + answered <= KEPT_BYTES => {}
+            Ok(_) => patience = EpollTimeout::try_from(IDLE).unwrap_or(EpollTimeout::NONE),
+            Err(_) => refuse(&requests.socket, unique),
         }
     }
+}
+
+/// Gives the whole pages of a buffer back to the kernel: they are zeroes when they are used again.
+fn give_back(buffer: &mut [u8]) {
+    const PAGE_BYTES: usize = 4 << 10;
+    let start = buffer.as_ptr().align_offset(PAGE_BYTES).min(buffer.len());
+    let pages = &mut buffer[start..];
+    let length = pages.len() / PAGE_BYTES * PAGE_BYTES;
+    // SAFETY: whole pages of `buffer`, which is borrowed mutably, and whose bytes may be any.
+    // A failure keeps them, which is no harm.
+    let _ = unsafe { libc::madvise(pages.as_mut_ptr().cast(), length, libc::MADV_DONTNEED) };
 }
 
 /// Answers a request that could not be understood. If it was answered before, the device drops this.

@@ -7,17 +7,16 @@
 //!
 //! Needs KVM, root and QEMU; `scripts/bench-kvm` runs it in the nested host. Prints medians and the ratio.
 
+mod beside;
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
+use common::Guest;
 use common::tap::open_named_tap;
-use common::{Guest, QEMU};
 use podvisor_vmm::qemu::{Accel, QemuConfig};
 use podvisor_vmm::{Access, Backend, NetConfig};
 use tokio::io::AsyncReadExt as _;
@@ -50,7 +49,14 @@ async fn main() {
     let layer = dir.path().join("layer");
     let noise: Vec<u8> = (0..DISK_MEBIBYTES << 20).map(|i| (i % 251) as u8).collect();
     std::fs::write(&layer, noise).unwrap();
-    let qemu = qemu_with_a_disk(dir.path(), &layer);
+    // One device more: QEMU's own virtio-blk.
+    let qemu = beside::qemu_with(
+        dir.path(),
+        &format!(
+            "-drive file={},format=raw,readonly=on,if=none,id=own -device virtio-blk-device,drive=own",
+            layer.display()
+        ),
+    );
 
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
@@ -58,33 +64,7 @@ async fn main() {
         ours.push(on_ours(&layer).await);
         theirs.push(on_qemu(&qemu).await);
     }
-    println!(
-        "{:24} {:>12} {:>12} {:>7}",
-        "MiB/s, median", "podvisor", "QEMU", "ratio"
-    );
-    for (i, name) in NAMES.iter().enumerate() {
-        let (ours, theirs) = (median(&ours, i), median(&theirs, i));
-        println!(
-            "{name:24} {ours:>12.1} {theirs:>12.1} {:>6.2}x",
-            ours / theirs
-        );
-    }
-}
-
-/// QEMU, under our backend, with one device more: its own virtio-blk on `file`.
-fn qemu_with_a_disk(dir: &Path, file: &Path) -> PathBuf {
-    let path = dir.join("qemu");
-    let mut script = std::fs::File::create(&path).unwrap();
-    let file = file.display();
-    writeln!(
-        script,
-        "#!/bin/sh\nexec {QEMU} \"$@\" -drive file={file},format=raw,readonly=on,if=none,id=own -device virtio-blk-device,drive=own"
-    )
-    .unwrap();
-    script
-        .set_permissions(std::fs::Permissions::from_mode(0o755))
-        .unwrap();
-    path
+    beside::print("MiB/s", NAMES, "QEMU", &ours, &theirs, 0.9);
 }
 
 async fn on_ours(layer: &Path) -> Rates {
@@ -182,10 +162,4 @@ async fn receive(mut stream: impl tokio::io::AsyncRead + Unpin) {
         }
     }
     assert_eq!(received, STREAM_MEBIBYTES << 20);
-}
-
-fn median(rates: &[Rates], of: usize) -> f64 {
-    let mut values: Vec<f64> = rates.iter().map(|rates| rates[of]).collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

@@ -23,6 +23,8 @@ pub const AGAINST: &str = "one by one, the other";
 pub const HOST_MEMORY: &str = "taken of the host's MemAvailable";
 /// The metric of the VM's boot.
 pub const BOOT: &str = "VMM's start to agent ready";
+/// What the server of a pod's volumes takes.
+pub const VOLUMES: &str = "podvisor-fs: PSS";
 /// Group of what processes take.
 pub const MEMORY: &str = "memory";
 
@@ -152,6 +154,14 @@ impl Bench {
                 memory.add(name, Unit::Mebibytes, own as f64 / MIB);
             }
         }
+        for running in &mut pods {
+            self.add_volume(running).await?;
+        }
+        for running in &pods {
+            let server = memory::volume_server(&running.pod.folder())?.context("no podvisor-fs")?;
+            let pss = server.usage.pss as f64 / MIB;
+            memory.add(format!("{MEMORY}/{VOLUMES}"), Unit::Mebibytes, pss);
+        }
         memory.append(memory_of_podvisord(&self.socket).await?);
 
         let begin = Instant::now();
@@ -207,16 +217,44 @@ impl Bench {
         Ok((Running { pod, container }, samples))
     }
 
+    /// One container more in a pod that runs, which has a volume and has looked at it.
+    async fn add_volume(&self, running: &mut Running) -> anyhow::Result<()> {
+        let mut config = container_config(&self.image);
+        config.mounts = vec![cri::Mount {
+            // A directory that every host has, and that none changes.
+            host_path: "/usr".to_owned(),
+            container_path: "/volume".to_owned(),
+            readonly: true,
+            ..Default::default()
+        }];
+        let container = self.add(running, config, "volume").await?;
+        let listing = ["ls", "-l", "/volume"];
+        let listed = running.pod.exec(&container, &listing, EXEC_TIMEOUT_S);
+        anyhow::ensure!(listed.await?.exit_code == 0, "the volume is not there");
+        Ok(())
+    }
+
     /// One container more in a pod that runs.
     async fn add_container(&self, running: &mut Running, number: usize) -> anyhow::Result<()> {
-        let mut config = container_config(&self.image);
+        let config = container_config(&self.image);
+        self.add(running, config, &number.to_string()).await?;
+        Ok(())
+    }
+
+    /// Adds such a container, with `name` in its name. Returns its id.
+    async fn add(
+        &self,
+        running: &mut Running,
+        mut config: cri::ContainerConfig,
+        name: &str,
+    ) -> anyhow::Result<String> {
         if let Some(metadata) = &mut config.metadata {
-            metadata.name = format!("{}-{number}", metadata.name);
+            metadata.name = format!("{}-{name}", metadata.name);
         }
         let container = Box::pin(running.pod.create(config, sandbox_config()?)).await?;
         let exit = running.pod.start(&container).await?;
         anyhow::ensure!(exit.is_none(), "the container does not start");
-        Ok(())
+        Ok(container)
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use super::pods::{AGAINST, BOOT, HOST_MEMORY, MEMORY, SERIAL};
+use super::pods::{AGAINST, BOOT, HOST_MEMORY, MEMORY, SERIAL, VOLUMES};
 use super::pull;
 use super::stats::{Metric, Samples};
 use crate::text::Table;
@@ -125,6 +125,7 @@ fn promises_on_kvm() -> Vec<Promise> {
             format!("{MEMORY}/podvisor's own with 8 containers: PSS"),
             5.0,
         ),
+        value("podvisor-fs, idle, PSS", format!("{MEMORY}/{VOLUMES}"), 1.5),
         // 40 MB.
         value(
             "MemAvailable that a pod takes",
@@ -163,6 +164,7 @@ fn promises_on_qemu() -> Vec<Promise> {
             format!("{MEMORY}/podvisor's own: PSS"),
             6.0,
         ),
+        at_most("podvisor-fs, idle, PSS", format!("{MEMORY}/{VOLUMES}"), 1.5),
         // 40 MB.
         at_most(
             "guest memory used at idle",

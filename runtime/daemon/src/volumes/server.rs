@@ -27,7 +27,7 @@ use crate::pidfd::{PidFd, start_time};
 const START: Duration = Duration::from_secs(10);
 
 /// Room in the socket for several of the longest messages, in bytes: as much as a guest's readahead asks for at once.
-const SOCKET_BYTES: usize = 1 << 20;
+const SOCKET_BYTES: usize = 2 << 20;
 
 /// A pod's podvisor-fs.
 #[derive(Debug)]

@@ -20,13 +20,18 @@ pub struct Status {
 
 /// The status of an open file.
 pub fn status(file: &impl AsFd) -> io::Result<Status> {
+    status_of(file, c"")
+}
+
+/// The status of what has a name, which is one component or empty, in a directory.
+pub fn status_of(directory: &impl AsFd, name: &CStr) -> io::Result<Status> {
     // SAFETY: all-zero is a valid statx.
     let mut statx: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: a descriptor, a string, numbers, and a structure to be filled.
     let result = unsafe {
         libc::statx(
-            file.as_fd().as_raw_fd(),
-            c"".as_ptr(),
+            directory.as_fd().as_raw_fd(),
+            name.as_ptr(),
             libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT,
             libc::STATX_BASIC_STATS | libc::STATX_MNT_ID,
             &raw mut statx,

@@ -35,12 +35,15 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::Mode;
 
 use host::Status;
-use nodes::{Identity, Node, Nodes, Place};
+use nodes::{Identity, Node, Nodes, Place, Stamp};
 use open_files::OpenFiles;
 
 /// How long the guest may take names and attributes for true without asking. Less than people and probes notice, and
 /// enough for what belongs together: without, one `stat` of a path asks several times for each of its directories.
 const VALIDITY: Duration = Duration::from_millis(20);
+
+/// Age of a file's last change from which the next one has another time: more than a tick of any kernel.
+const SETTLED: Duration = Duration::from_millis(100);
 
 /// More files than a process finds in a second, as a power of two.
 const NUMBERS_PER_SECOND_BITS: u32 = 24;
@@ -121,6 +124,19 @@ impl Passthrough {
     /// Finds `name` in a directory and tells the guest of it.
     fn find(&self, parent: &Found, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
+        // Most often the guest only asks whether it is still the file that it knows: nothing is opened then.
+        let status = host::status_of(&parent.file, name)?;
+        let mut nodes = self.nodes();
+        if let Some(number) = nodes.look_up_held(status.identity, status.mount) {
+            return Ok(entry(&mut nodes, number, status));
+        }
+        drop(nodes);
+        self.find_new(parent, name)
+    }
+
+    /// The same where it most likely does not know the file.
+    fn find_new(&self, parent: &Found, name: &CStr) -> io::Result<Entry> {
+        check_name(name)?;
         let file = Arc::new(openat(&parent.file, name, PATH_ONLY, Mode::empty())?);
         let status = host::status(&file)?;
         let mut nodes = self.nodes();
@@ -141,14 +157,7 @@ impl Passthrough {
             }
             None => nodes.add(node(place, &status)),
         };
-        Ok(Entry {
-            inode: number,
-            generation: 0,
-            attr: shown(&mut nodes, status),
-            attr_flags: 0,
-            attr_timeout: VALIDITY,
-            entry_timeout: VALIDITY,
-        })
+        Ok(entry(&mut nodes, number, status))
     }
 
     /// How the file `name` of a directory is to be found again.
@@ -184,6 +193,26 @@ impl Passthrough {
     fn attributes(&self, file: &impl AsFd) -> io::Result<(libc::stat64, Duration)> {
         let status = host::status(file)?;
         Ok((shown(&mut self.nodes(), status), VALIDITY))
+    }
+
+    /// Whether a file that is opened certainly has the contents that it had when it was opened before: then what the guest
+    /// keeps of them is good.
+    fn is_as_opened_before(&self, number: u64, file: &OwnedFd) -> io::Result<bool> {
+        let Status { attributes, .. } = host::status(file)?;
+        let stamp = Stamp {
+            size: attributes.st_size,
+            modified: (attributes.st_mtime, attributes.st_mtime_nsec),
+            changed: (attributes.st_ctime, attributes.st_ctime_nsec),
+        };
+        let changed = Duration::new(
+            attributes.st_ctime.try_into().unwrap_or(u64::MAX),
+            attributes.st_ctime_nsec as u32,
+        );
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        // A clock that was set back makes it younger than nothing.
+        let age = now.unwrap_or_default().checked_sub(changed);
+        let is_settled = age.is_some_and(|age| age > SETTLED);
+        Ok(self.nodes().open(number, stamp, is_settled))
     }
 
     /// Opens a file that was only found.
@@ -235,6 +264,18 @@ fn node(place: Place, status: &Status) -> Node {
         identity: status.identity,
         kind: status.attributes.st_mode & libc::S_IFMT,
         mount: status.mount,
+    }
+}
+
+/// What the guest is told of a file.
+fn entry(nodes: &mut Nodes, number: u64, status: Status) -> Entry {
+    Entry {
+        inode: number,
+        generation: 0,
+        attr: shown(nodes, status),
+        attr_flags: 0,
+        attr_timeout: VALIDITY,
+        entry_timeout: VALIDITY,
     }
 }
 

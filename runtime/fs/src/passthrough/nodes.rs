@@ -57,8 +57,21 @@ pub struct Node {
     pub mount: u64,
 }
 
+/// What changes when a file's contents do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// Bytes.
+    pub size: i64,
+    /// Seconds and nanoseconds.
+    pub modified: (i64, i64),
+    /// Seconds and nanoseconds. Nobody can set it.
+    pub changed: (i64, i64),
+}
+
 struct Known {
     node: Node,
+    /// The file's when it was opened last, if any later change shows.
+    opened: Option<Stamp>,
     /// How often the guest was told of it and has not said that it forgot.
     lookups: u64,
 }
@@ -101,6 +114,29 @@ impl Nodes {
         Some((number, &known.node))
     }
 
+    /// The number of a file that is known in that mount and held open, which the guest is told once more. While it is
+    /// held, no other file can have its identity.
+    pub fn look_up_held(&mut self, identity: Identity, mount: u64) -> Option<u64> {
+        let number = *self.numbers.get(&identity)?;
+        let known = self.known.get_mut(&number)?;
+        if known.node.mount != mount || !known.node.place.is_held() {
+            return None;
+        }
+        known.lookups = known.lookups.saturating_add(1);
+        Some(number)
+    }
+
+    /// A file is opened that has this stamp, of which a later change will differ if it `is_settled`. Returns whether its
+    /// contents are certainly those that it had when it was opened before.
+    pub fn open(&mut self, number: u64, stamp: Stamp, is_settled: bool) -> bool {
+        let Some(known) = self.known.get_mut(&number) else {
+            return false;
+        };
+        let same = known.opened == Some(stamp);
+        known.opened = is_settled.then_some(stamp);
+        same
+    }
+
     /// From now on a file is found at another place, of another mount.
     pub fn set_place(&mut self, number: u64, place: Place, mount: u64) {
         if let Some(known) = self.known.get_mut(&number) {
@@ -122,7 +158,12 @@ impl Nodes {
         self.next += 1;
         self.held += usize::from(node.place.is_held());
         self.numbers.insert(node.identity, number);
-        self.known.insert(number, Known { node, lookups: 1 });
+        let known = Known {
+            node,
+            opened: None,
+            lookups: 1,
+        };
+        self.known.insert(number, known);
         number
     }
 
@@ -202,6 +243,31 @@ mod tests {
         assert_eq!(found(&mut nodes, 2), None);
         // Never the same number for another file.
         assert_ne!(nodes.add(node(3)), number);
+    }
+
+    #[test]
+    fn contents_are_the_same_if_no_stamp_can_have_been_missed() {
+        let mut nodes = Nodes::new(node(1), 0);
+        let number = nodes.add(node(2));
+        let old = Stamp {
+            size: 1,
+            modified: (5, 0),
+            changed: (5, 0),
+        };
+        assert!(!nodes.open(number, old, false), "never opened before");
+        assert!(
+            !nodes.open(number, old, true),
+            "may have changed after that"
+        );
+        assert!(nodes.open(number, old, true));
+        let new = Stamp {
+            changed: (5, 1),
+            ..old
+        };
+        assert!(!nodes.open(number, new, true));
+        assert!(!nodes.open(number, old, true));
+        nodes.forget(number, 1);
+        assert!(!nodes.open(number, old, true));
     }
 
     #[test]

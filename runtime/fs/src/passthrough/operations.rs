@@ -51,7 +51,7 @@ impl Passthrough {
             let _caller = Caller::become_user(context.uid, context.gid)?;
             make(&parent.file.as_fd())?;
         }
-        self.find(&parent, name)
+        self.find_new(&parent, name)
     }
 
     fn remove(&self, parent: u64, name: &CStr, flags: UnlinkatFlags) -> io::Result<()> {
@@ -176,6 +176,7 @@ impl FileSystem for Passthrough {
         Ok(FsOptions::ASYNC_READ
             | FsOptions::ASYNC_DIO
             | FsOptions::BIG_WRITES
+            | FsOptions::MAX_PAGES
             | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::PARALLEL_DIROPS
             | FsOptions::DO_READDIRPLUS
@@ -337,8 +338,13 @@ impl FileSystem for Passthrough {
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
         let _strip = WithoutFsetid::when(fuse_flags & FOPEN_IN_KILL_SUIDGID != 0)?;
         let file = self.reopen(&self.node(node)?, OFlag::from_bits_retain(flags as i32))?;
+        let options = if self.is_as_opened_before(node, &file)? {
+            OpenOptions::KEEP_CACHE
+        } else {
+            OpenOptions::empty()
+        };
         let handle = self.open.add(node, file, flags);
-        Ok((Some(handle), OpenOptions::empty(), None))
+        Ok((Some(handle), options, None))
     }
 
     fn create(
@@ -359,7 +365,7 @@ impl FileSystem for Passthrough {
         };
         let exclusive = asked.contains(OFlag::O_EXCL);
         let (entry, file) = match created {
-            Ok(file) => (self.find(&parent, name)?, file),
+            Ok(file) => (self.find_new(&parent, name)?, file),
             // Made by someone else between the guest's lookup and now.
             Err(Errno::EEXIST) if !exclusive => {
                 let entry = self.find(&parent, name)?;

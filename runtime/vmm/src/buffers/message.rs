@@ -9,8 +9,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use super::{ChainBuffers, ChainError, GuestSlices, retry};
 use crate::device::Chain;
 
-/// Pieces of guest memory in a message. Linux' longest are 32 pages and the parts of a header.
-const MAX_PIECES: usize = 40;
+/// Pieces of guest memory in a message. Linux' longest are 256 pages and the parts of a header.
+const MAX_PIECES: usize = 264;
 
 /// The writable part of a chain that stays with the device: guest addresses, checked when they are used.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ impl Room {
     /// Of this chain.
     ///
     /// # Errors
-    /// More than 40 descriptors.
+    /// More than 264 descriptors.
     pub fn of(chain: Chain<'_>) -> Result<Self, ChainError> {
         let mut ranges = Vec::new();
         for (index, descriptor) in chain.enumerate() {
@@ -80,35 +80,34 @@ impl GuestSlices<'_> {
     /// Sends `header` and all of this as one message, and consumes nothing.
     ///
     /// # Errors
-    /// As of `sendmsg(2)`; `WouldBlock` when the socket is full; `EMSGSIZE` for more than 40 slices.
+    /// As of `sendmsg(2)`; `WouldBlock` when the socket is full; `EMSGSIZE` for more than 264 slices.
     pub fn send_message(&self, socket: BorrowedFd<'_>, header: &[u8]) -> io::Result<()> {
-        if self.slices.len() > MAX_PIECES {
-            return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
-        }
-        let empty = iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        };
-        let mut pieces = [empty; MAX_PIECES + 1];
-        pieces[0] = iovec {
-            iov_base: header.as_ptr().cast_mut().cast(),
-            iov_len: header.len(),
-        };
-        pieces[1..=self.slices.len()].copy_from_slice(self.slices);
-        let message = message(&mut pieces[..=self.slices.len()]);
+        let mut pieces = [NOTHING; MAX_PIECES + 1];
+        let message = message(
+            &mut pieces,
+            header.as_ptr().cast_mut(),
+            header.len(),
+            self.slices,
+        )?;
         let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
         // SAFETY: the pieces are `header` and mapped guest memory; the kernel only reads them.
         retry(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) })?;
         Ok(())
     }
 
-    /// Receives one message into this. Returns its length, and consumes nothing.
+    /// Receives one message, the first bytes of it into `header` and the rest into this. Returns its length, and consumes
+    /// nothing.
     ///
     /// # Errors
-    /// As of `recvmsg(2)`; `EMSGSIZE` when it was longer than this, and is lost.
-    pub fn receive_message(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        let mut message = message(self.slices);
-        // SAFETY: the slices are mapped guest memory, writable, and overlap no Rust object.
+    /// As of `recvmsg(2)`; `EMSGSIZE` when it was longer, and what is not in `header` is lost.
+    pub fn receive_message(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        header: &mut [u8],
+    ) -> io::Result<usize> {
+        let mut pieces = [NOTHING; MAX_PIECES + 1];
+        let mut message = message(&mut pieces, header.as_mut_ptr(), header.len(), self.slices)?;
+        // SAFETY: the pieces are `header` and mapped guest memory, writable, which overlaps no Rust object.
         let received = retry(|| unsafe {
             libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT)
         })?;
@@ -119,11 +118,30 @@ impl GuestSlices<'_> {
     }
 }
 
-/// A message of these pieces, which must live as long as it is used.
-fn message(pieces: &mut [iovec]) -> msghdr {
+const NOTHING: iovec = iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
+
+/// A message of a header and guest memory, described in `pieces`, which must live as long as it is used.
+fn message(
+    pieces: &mut [iovec; MAX_PIECES + 1],
+    header: *mut u8,
+    header_bytes: usize,
+    slices: &[iovec],
+) -> io::Result<msghdr> {
+    if slices.len() > MAX_PIECES {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    pieces[0] = iovec {
+        iov_base: header.cast(),
+        iov_len: header_bytes,
+    };
+    pieces[1..=slices.len()].copy_from_slice(slices);
     // SAFETY: an all-zero msghdr is valid: no address, no control data.
     let mut message: msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = pieces.as_mut_ptr();
-    message.msg_iovlen = pieces.len() as _;
-    message
+    message.msg_iovlen = slices.len() as _;
+    message.msg_iovlen += 1;
+    Ok(message)
 }

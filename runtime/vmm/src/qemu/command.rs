@@ -132,7 +132,11 @@ pub(super) fn arguments(config: &VmConfig, accel: Accel, sockets: &Sockets) -> A
     args.add(["-chardev", &format!("socket,id=fs,fd={fs_socket}")]);
     args.add([
         "-device",
-        &format!("vhost-user-fs-device,chardev=fs,tag={}", fs::TAG),
+        &format!(
+            "vhost-user-fs-device,chardev=fs,tag={},queue-size={}",
+            fs::TAG,
+            fs::QUEUE_SIZES[1]
+        ),
     ]);
 
     args.add([

@@ -110,8 +110,13 @@ impl Guest {
 
     /// The next line that the guest answers with.
     pub async fn answer(&mut self) -> String {
+        self.answer_within(PATIENCE).await
+    }
+
+    /// The same, of a guest that may take that long.
+    pub async fn answer_within(&mut self, limit: Duration) -> String {
         let mut answer = String::new();
-        timeout(PATIENCE, self.control.read_line(&mut answer))
+        timeout(limit, self.control.read_line(&mut answer))
             .await
             .expect("no answer")
             .unwrap();

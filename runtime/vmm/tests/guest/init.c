@@ -11,6 +11,11 @@
 //   stream PORT MEBIBYTES       ok, when so much has been sent to the host's port, and taken | errno
 //   send PORT MEBIBYTES         the same by TCP, from 10.99.0.2 to 10.99.0.1 | errno
 //   touch BYTES                 ok, when as much memory has been written and freed again
+//   volume TAG KIBIBYTES        ok, when that virtio-fs is mounted at /TAG, reading ahead so much (0: as it is) | errno
+//   fill PATH MEBIBYTES         microseconds, for writing a new file, by mebibytes | errno
+//   drain PATH MEBIBYTES        the same for reading it
+//   pick PATH MEBIBYTES COUNT   the same for reading so many of its pages, anywhere in so much of it
+//   files PATH COUNT            the same for making so many files in that new directory, looking at each, removing each
 //   cpus                        how many there are
 //   mac                         eth0's address | errno
 //   reboot
@@ -34,6 +39,8 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -184,6 +191,87 @@ static long long scan(const char *name, int mebibytes) {
     return took;
 }
 
+static int mount_volume(const char *tag, int ahead) {
+    char path[64];
+    struct stat status;
+    snprintf(path, sizeof path, "/%s", tag);
+    mkdir(path, 0755);
+    if (mount(tag, path, "virtiofs", MS_NOSUID | MS_NODEV, NULL) < 0)
+        return -1;
+    if (ahead == 0)
+        return 0;
+    if (stat(path, &status) < 0)
+        return -1;
+    snprintf(path, sizeof path, "/sys/class/bdi/%u:%u/read_ahead_kb", major(status.st_dev), minor(status.st_dev));
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    int result = dprintf(fd, "%d", ahead);
+    close(fd);
+    return result;
+}
+
+static long long fill(const char *path, int mebibytes) {
+    long long begin = microseconds();
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (fd < 0)
+        return -1;
+    for (; mebibytes > 0; mebibytes--)
+        if (write(fd, buffer, sizeof buffer) != sizeof buffer)
+            return -1;
+    return close(fd) < 0 ? -1 : microseconds() - begin;
+}
+
+static long long drain(const char *path, int mebibytes) {
+    long long begin = microseconds();
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    for (; mebibytes > 0; mebibytes--)
+        if (read(fd, buffer, sizeof buffer) != sizeof buffer)
+            return -1;
+    return close(fd) < 0 ? -1 : microseconds() - begin;
+}
+
+static long long pick(const char *path, int mebibytes, int count) {
+    unsigned long long state = 1, pages = mebibytes * 256ULL;
+    long long begin = microseconds();
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    for (; count > 0; count--) {
+        // Knuth's, of which the upper bits are good.
+        state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+        if (pread(fd, buffer, 4096, (state >> 33) % pages * 4096) != 4096)
+            return -1;
+    }
+    return close(fd) < 0 ? -1 : microseconds() - begin;
+}
+
+static long long files(const char *directory, int count) {
+    char path[300];
+    struct stat status;
+    if (mkdir(directory, 0755) < 0)
+        return -1;
+    long long begin = microseconds();
+    for (int i = 0; i < count; i++) {
+        snprintf(path, sizeof path, "%s/%d", directory, i);
+        int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+        if (fd < 0 || close(fd) < 0)
+            return -1;
+    }
+    for (int i = 0; i < count; i++) {
+        snprintf(path, sizeof path, "%s/%d", directory, i);
+        if (stat(path, &status) < 0)
+            return -1;
+    }
+    for (int i = 0; i < count; i++) {
+        snprintf(path, sizeof path, "%s/%d", directory, i);
+        if (unlink(path) < 0)
+            return -1;
+    }
+    long long took = microseconds() - begin;
+    return rmdir(directory) < 0 ? -1 : took;
+}
+
 // Sends so much and waits until the other side closes the connection.
 static int send_mebibytes(int fd, int mebibytes) {
     if (fd < 0)
@@ -263,7 +351,7 @@ int main(void) {
         int number, byte;
         long long offset, length;
         unsigned port;
-        char name[16];
+        char name[16], path[256];
         if (sscanf(line, "partition %d %lld %lld", &number, &offset, &length) == 3)
             answer(control, add_partition(number, offset, length));
         else if (sscanf(line, "read %d %lld %lld", &number, &offset, &length) == 3)
@@ -276,6 +364,16 @@ int main(void) {
             answer_number(control, size(name));
         else if (sscanf(line, "scan %15s %d", name, &number) == 2)
             answer_number(control, scan(name, number));
+        else if (sscanf(line, "volume %15s %d", name, &number) == 2)
+            answer(control, mount_volume(name, number));
+        else if (sscanf(line, "fill %255s %d", path, &number) == 2)
+            answer_number(control, fill(path, number));
+        else if (sscanf(line, "drain %255s %d", path, &number) == 2)
+            answer_number(control, drain(path, number));
+        else if (sscanf(line, "pick %255s %d %d", path, &number, &byte) == 3)
+            answer_number(control, pick(path, number, byte));
+        else if (sscanf(line, "files %255s %d", path, &number) == 2)
+            answer_number(control, files(path, number));
         else if (sscanf(line, "stream %u %d", &port, &number) == 2)
             answer(control, send_mebibytes(dial(port), number));
         else if (sscanf(line, "send %u %d", &port, &number) == 2)

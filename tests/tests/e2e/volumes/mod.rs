@@ -9,8 +9,11 @@ mod mounts;
 mod sharing;
 
 use std::fs;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
+use nix::libc;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use podvisor_tests::crictl::{Pod, shell};
 use podvisor_tests::daemon::Daemon;
@@ -67,6 +70,45 @@ impl Rig {
         mount(Some("test"), &path, Some("tmpfs"), flags, Some(&*options)).expect("mounts");
         self.mounts.push(path.clone());
         path
+    }
+
+    /// Mounts an ext4 in the folder, on the node, of which a user may have so many KiB. `None`: the node cannot.
+    fn ext4_with_quota(&mut self, name: &str, user: u32, kib: u64) -> Option<PathBuf> {
+        let (image, path) = (self.path("image"), self.directory(name));
+        fs::File::create(&image)
+            .and_then(|file| file.set_len(16 << 20))
+            .expect("a file");
+        let make = ["-q", "-O", "quota", "-E", "quotatype=usrquota"];
+        let mkfs = Command::new("mkfs.ext4").args(make).arg(&image).status();
+        assert!(mkfs.expect("mkfs.ext4").success());
+        let mounted = Command::new("mount")
+            .args(["-o", "loop,usrquota"])
+            .args([&image, &path])
+            .stderr(Stdio::null())
+            .status();
+        if !mounted.expect("mount").success() {
+            return None;
+        }
+        self.mounts.push(path.clone());
+        // `struct dqblk` (quotactl(2)).
+        // SAFETY: all-zero is a valid one.
+        let mut limits: libc::dqblk = unsafe { std::mem::zeroed() };
+        limits.dqb_bhardlimit = kib;
+        limits.dqb_valid = libc::QIF_BLIMITS;
+        let directory = fs::File::open(&path).expect("opens");
+        let set = libc::QCMD(libc::Q_SETQUOTA, libc::USRQUOTA);
+        // SAFETY: a descriptor, numbers, and a structure that lasts as long.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_quotactl_fd,
+                directory.as_raw_fd(),
+                set,
+                user,
+                &raw const limits,
+            )
+        };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        Some(path)
     }
 
     /// A container with these mounts, which waits.

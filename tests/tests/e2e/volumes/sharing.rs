@@ -3,7 +3,8 @@
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::unistd::{Gid, Uid, chown};
@@ -206,6 +207,24 @@ fn a_full_volume_says_so() {
 }
 
 #[test]
+fn a_quota_is_the_nodes() {
+    let mut rig = Rig::new("quota");
+    let Some(data) = rig.ext4_with_quota("quota", 1234, 64) else {
+        println!("SKIPPED: the node's kernel has no quotas (CONFIG_QFMT_V2)");
+        return;
+    };
+    chown(&data, Some(Uid::from_raw(1234)), None).expect("chown");
+    let security = json!({"run_as_user": {"value": 1234}});
+    let c = rig.container_with("c", &[volume(&data, "/v")], security);
+    let said = rig.sh(
+        &c,
+        "dd if=/dev/zero of=/v/x bs=4k count=100 2>&1; stat -c %s /v/x",
+    );
+    assert!(said.contains("quota exceeded"), "{said}");
+    assert!(data.join("x").metadata().expect("there").len() <= 64 << 10);
+}
+
+#[test]
 fn containers_of_a_pod_share_files_pipes_and_sockets() {
     let rig = Rig::new("between");
     let data = rig.directory("data");
@@ -228,42 +247,129 @@ fn containers_of_a_pod_share_files_pipes_and_sockets() {
     );
 }
 
+/// Two containers and what only programs do: locks, maps, sockets. In Python, the node's own.
 #[test]
-fn a_lock_is_one_lock_in_all_containers() {
-    let rig = Rig::new("locks");
+fn a_file_is_one_file_in_all_containers() {
+    const ONE: &str = r#"
+import fcntl, mmap, os, socket, time
+fcntl.flock(os.open("flock", os.O_RDONLY), fcntl.LOCK_EX)
+posix = os.open("posix", os.O_RDWR)
+fcntl.lockf(posix, fcntl.LOCK_EX)
+shared = mmap.mmap(os.open("map", os.O_RDWR), 4096)
+shared[:5] = b"first"
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("socket")
+listener.listen()
+print("ready", flush=True)
+listener.accept()[0].sendall(shared[:6])
+time.sleep(1000)
+"#;
+    const TWO: &str = r#"
+import fcntl, mmap, os, socket, sys
+def fails(kind, call, *arguments):
+    try: call(*arguments)
+    except kind: pass
+    else: raise AssertionError(call)
+now = fcntl.LOCK_EX | fcntl.LOCK_NB
+for directory in sys.argv[1:]:
+    fails(BlockingIOError, fcntl.flock, os.open(directory + "/flock", os.O_RDONLY), now)
+fails(BlockingIOError, fcntl.lockf, os.open("posix", os.O_RDWR), now)
+shared = mmap.mmap(os.open("map", os.O_RDWR), 4096)
+assert shared[:5] == b"first"
+shared[:6] = b"second"
+client = socket.socket(socket.AF_UNIX)
+client.connect("socket")
+assert client.recv(9) == b"second"
+# Behind the node's socket is a process of the node.
+fails(ConnectionRefusedError, socket.socket(socket.AF_UNIX).connect, "node")
+print("as it should be")
+"#;
+    let rig = Rig::new("one");
     let (data, other) = (rig.directory("data"), rig.directory("other"));
-    fs::write(data.join("lock"), "").expect("writes");
+    for name in ["flock", "posix"] {
+        fs::write(data.join(name), "").expect("writes");
+    }
+    fs::write(data.join("map"), [0; 4096]).expect("writes");
+    fs::write(data.join("one"), ONE).expect("writes");
+    fs::write(data.join("two"), TWO).expect("writes");
+    let _node = UnixListener::bind(data.join("node")).expect("listens");
     // Where the node has these folders too: only there can they be mounted below its read-only root.
     let inside = |path: &Path| format!("/node{}", path.display());
-    let flock = |path: PathBuf, then: &str| {
-        let path = path.display();
+    let python = |script: &str| {
+        let (data, other) = (data.display(), other.display());
         format!(
-            "chroot /node /usr/bin/python3 -c '
-import fcntl, os, time
-fcntl.flock(os.open(\"{path}\", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-{then}' 2>&1 || true"
+            "chroot /node /bin/sh -c 'cd {data} && exec python3 {script} {data} {other}' 2>&1 || true"
         )
     };
-    let locks = flock(
-        data.join("lock"),
-        "print(\"locked\", flush=True); time.sleep(1000)",
-    );
-    let mut config = shell("locks", &busybox(), &locks);
+    let mut config = shell("one", &busybox(), &python("one"));
     config["mounts"] = json!([node(), volume(&data, &inside(&data))]);
     rig.daemon.create_started(&rig.id, &rig.pod, &config);
-    logs::wait_for(&rig.pod.log("locks"), "locked");
-    let tries = rig.container(
-        "tries",
+    logs::wait_for(&rig.pod.log("one"), "ready");
+    let two = rig.container(
+        "two",
         &[
             node(),
             volume(&data, &inside(&data)),
             read_only(&data, &inside(&other)),
         ],
     );
-    for name in [data.join("lock"), other.join("lock")] {
-        let said = rig.sh(&tries, &flock(name, "print(\"free\")"));
-        assert!(said.contains("BlockingIOError"), "{said}");
-    }
+    assert_eq!(rig.sh(&two, &python("two")), "as it should be");
+}
+
+/// What containers do to a file is told to containers, what one does in a directory to itself; what the node does is not.
+#[test]
+fn inotify_tells_of_the_pod() {
+    const WATCH: &str = r#"
+import ctypes, os
+libc = ctypes.CDLL(None)
+events = libc.inotify_init()
+IN_MODIFY, IN_CREATE = 2, 0x100
+assert libc.inotify_add_watch(events, b"file", IN_MODIFY) > 0
+assert libc.inotify_add_watch(events, b".", IN_CREATE) > 0
+print("watching", flush=True)
+while True:
+    # `struct inotify_event`: four numbers and a name, filled up with NUL.
+    name = os.read(events, 4096)[16:].rstrip(b"\0").decode()
+    print("created " + name if name else "modified", flush=True)
+"#;
+    let rig = Rig::new("inotify");
+    let data = rig.directory("data");
+    fs::write(data.join("watch"), WATCH).expect("writes");
+    fs::write(data.join("file"), "").expect("writes");
+    let inside = data.display();
+    let watches = format!("chroot /node /bin/sh -c 'cd {inside} && exec python3 watch' 2>&1");
+    let mut config = shell("watch", &busybox(), &watches);
+    config["mounts"] = json!([node(), volume(&data, &format!("/node{inside}"))]);
+    let watch = rig.daemon.create_started(&rig.id, &rig.pod, &config);
+    let log = rig.pod.log("watch");
+    logs::wait_for(&log, "watching");
+    let other = rig.container("other", &[volume(&data, "/v")]);
+    fs::write(data.join("file"), "of the node\n").expect("writes");
+    fs::write(data.join("of-the-node"), "").expect("writes");
+    rig.sh(&other, "cat /v/of-the-node; echo more >>/v/file");
+    logs::wait_for(&log, "modified");
+    rig.sh(&watch, &format!("echo >/node{inside}/new"));
+    logs::wait_for(&log, "created new");
+    let told = logs::stdout(&log);
+    assert_eq!(told, ["watching", "modified", "created new"]);
+}
+
+/// An emptyDir in memory, as kubelets mount it, in the place of /dev/shm.
+#[test]
+fn memory_of_the_node_is_a_volume() {
+    let mut rig = Rig::new("memory");
+    let memory = rig.tmpfs("memory", "3m");
+    let one = rig.container("one", &[volume(&memory, "/dev/shm")]);
+    let two = rig.container("two", &[volume(&memory, "/v")]);
+    rig.sh(
+        &one,
+        "dd if=/dev/zero of=/dev/shm/x bs=1M count=2 2>/dev/null",
+    );
+    let size = "df -k /v | awk 'END { print $2, $3 }'";
+    assert_eq!(
+        rig.sh(&two, &format!("stat -c %s /v/x; {size}")),
+        "2097152\n3072 2048"
+    );
 }
 
 /// What shells cannot do, in Python: the node's own, from its root, which the container has as a volume.

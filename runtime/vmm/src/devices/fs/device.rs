@@ -23,8 +23,9 @@ use crate::device::{
 /// What the guest mounts.
 pub const TAG: &str = "volumes";
 
-/// Requests of high priority, which are those to forget, and all others.
-const QUEUE_SIZES: &[u16] = &[32, 128];
+/// Requests of high priority, which are those to forget, and all others. Linux sends as many pages at once as a queue
+/// has descriptors, however they are given.
+pub(crate) const QUEUE_SIZES: &[u16] = &[32, 512];
 
 /// `struct virtio_fs_config`: the tag, filled up with NUL, and the number of request queues.
 const TAG_BYTES: usize = 36;
@@ -36,9 +37,9 @@ const OUT_HEADER_BYTES: usize = 16;
 /// `enum fuse_opcode`: FORGET, INTERRUPT, DESTROY, BATCH_FORGET. Nobody answers these; for DESTROY the device does.
 const UNANSWERED: [u32; 4] = [2, 36, 38, 42];
 
-/// Longest request and answer, bytes: 32 pages, which is what Linux sends where nothing else was agreed, and what goes
-/// with them.
-const MAX_MESSAGE: usize = (32 + 4) << 12;
+/// Longest request and answer, bytes: the most pages that podvisor-fs agrees to (`FUSE_MAX_PAGES`), and what goes with
+/// them.
+const MAX_MESSAGE: usize = (256 + 4) << 12;
 
 /// Tokens in the device's epoll.
 const CHANGED: u64 = 0;
@@ -166,7 +167,7 @@ impl FsDevice {
             Ok(()) if answer.len() >= OUT_HEADER_BYTES => 0,
             Ok(()) => return Ok(Sent::Done(0)),
             Err(error) => {
-                self.requests.take(number);
+                self.requests.remove(number);
                 if error.kind() == io::ErrorKind::WouldBlock {
                     self.wait_for_room(true)?;
                     return Ok(Sent::NoRoom);
@@ -188,29 +189,39 @@ impl FsDevice {
     ) -> Result<u32, DeviceError> {
         let mut used = 0;
         while let Some(socket) = &self.socket {
-            let mut header = [0; OUT_HEADER_BYTES];
-            match receive(socket, &mut header, MsgFlags::MSG_PEEK) {
-                Ok(OUT_HEADER_BYTES) => {}
+            // Where there is one request, it need not be asked whose answer comes.
+            let received = match self.requests.only() {
+                Some(number) => Ok(number),
+                None => next_number(socket),
+            }
+            .and_then(|number| {
+                let request = self.requests.get(number);
+                let room =
+                    request.and_then(|request| request.room.slices(&mut self.buffers, memory).ok());
+                Ok((number, receive(socket, room, request.map(|r| r.unique))?))
+            });
+            match received {
+                Ok((number, answer)) if answer.number == number => {
+                    let Some((queue, head)) = self.requests.remove(number) else {
+                        debug!("an answer to nothing");
+                        continue;
+                    };
+                    used |= give_back(memory, queues, queue, head, answer.written)?;
+                    // The next one wakes us.
+                    if self.requests.is_empty() {
+                        break;
+                    }
+                }
+                // What is in the room is the guest's to see: it is no answer until it is given back.
+                Ok(_) => debug!("an answer to an earlier guest"),
                 Err(Errno::EAGAIN) => break,
-                Err(Errno::EINTR) => continue,
+                Err(Errno::EINTR) => {}
                 // The end, an error, or what is no message.
-                _ => {
+                Err(_) => {
                     warn!("what answered for the volumes is gone");
                     return Ok(used | self.disconnect(memory, queues)?);
                 }
             }
-            let Some((queue, head, request)) = self.requests.take(u64_at(&header, 8)) else {
-                debug!("an answer to nothing");
-                // What is not received of a message is dropped.
-                let _ = receive(socket, &mut header, MsgFlags::empty());
-                continue;
-            };
-            header[8..].copy_from_slice(&request.unique.to_ne_bytes());
-            let written = match request.room.slices(&mut self.buffers, memory) {
-                Ok(room) => fill(room, socket, header),
-                Err(_) => 0,
-            };
-            used |= give_back(memory, queues, queue, head, written)?;
         }
         Ok(used)
     }
@@ -319,8 +330,16 @@ impl VirtioDevice for FsDevice {
         match event {
             DeviceEvent::Queue(index) => work[index] = true,
             DeviceEvent::Wake => {
+                // What is awaited is most often what has come; if there is more, it wakes us again.
+                if !self.requests.is_empty() {
+                    used |= self.receive(memory, queues)?;
+                }
                 let mut events = [EpollEvent::default(); 2];
-                let count = self.epoll.wait(0, &mut events)?;
+                let count = if used == 0 {
+                    self.epoll.wait(0, &mut events)?
+                } else {
+                    0
+                };
                 for event in &events[..count] {
                     if event.data() == CHANGED {
                         used |= self.connect(memory, queues)?;
@@ -353,26 +372,65 @@ impl VirtioDevice for FsDevice {
     }
 }
 
-/// Puts the next message of the socket, whose header is to be `header`, into the room of its request. Returns the bytes
-/// written.
-fn fill(mut room: GuestSlices<'_>, socket: &OwnedFd, header: [u8; OUT_HEADER_BYTES]) -> u32 {
-    let Some(front) = room.front(OUT_HEADER_BYTES) else {
-        // No room for a header: it is dropped.
-        let _ = receive(socket, &mut [0; 1], MsgFlags::empty());
-        return 0;
-    };
-    match room.receive_message(socket.as_fd()) {
-        Ok(received) if received == u32_at(&header, 0) as usize => {
-            front.write(&header);
-            received as u32
-        }
-        // Longer than the room, or no message of FUSE's.
-        other => {
-            debug!(?other, "an answer that cannot be");
-            front.write(&out_header(libc::EIO, u64_at(&header, 8)));
-            OUT_HEADER_BYTES as u32
-        }
+/// An answer that has been received.
+struct Answer {
+    /// The number that it says it is for.
+    number: u64,
+    /// Bytes that are in the room for it.
+    written: u32,
+}
+
+/// The number of the socket's next message.
+fn next_number(socket: &OwnedFd) -> nix::Result<u64> {
+    let mut header = [0; OUT_HEADER_BYTES];
+    match receive_bytes(socket, &mut header, MsgFlags::MSG_PEEK)? {
+        OUT_HEADER_BYTES => Ok(u64_at(&header, 8)),
+        _ => Err(Errno::EPIPE),
     }
+}
+
+/// Receives the next message of the socket into a room, if there is one, and otherwise drops it. The guest finds
+/// `unique` as its number.
+fn receive(
+    socket: &OwnedFd,
+    room: Option<GuestSlices<'_>>,
+    unique: Option<u64>,
+) -> nix::Result<Answer> {
+    let mut header = [0; OUT_HEADER_BYTES];
+    let room = room.and_then(|mut room| Some((room.take_front(OUT_HEADER_BYTES)?, room)));
+    let Some((front, mut room)) = room else {
+        // What is not received of a message is dropped.
+        return match receive_bytes(socket, &mut header, MsgFlags::empty())? {
+            0 => Err(Errno::EPIPE),
+            _ => Ok(Answer {
+                number: u64_at(&header, 8),
+                written: 0,
+            }),
+        };
+    };
+    let length = match room.receive_message(socket.as_fd(), &mut header) {
+        Ok(length @ OUT_HEADER_BYTES..) => Some(length),
+        // Longer than the room: the rest is lost.
+        Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => None,
+        Err(error) => return Err(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
+        Ok(_) => return Err(Errno::EPIPE),
+    };
+    let number = u64_at(&header, 8);
+    let length = length.filter(|length| *length == u32_at(&header, 0) as usize);
+    let unique = unique.unwrap_or_default();
+    let written = if let Some(length) = length {
+        header[8..].copy_from_slice(&unique.to_ne_bytes());
+        front.write(&header);
+        length
+    } else {
+        debug!("an answer that cannot be");
+        front.write(&out_header(libc::EIO, unique));
+        OUT_HEADER_BYTES
+    };
+    Ok(Answer {
+        number,
+        written: written as u32,
+    })
 }
 
 /// Answers a request with an error. Returns the bytes written.
@@ -408,7 +466,7 @@ fn out_header(error: i32, unique: u64) -> [u8; OUT_HEADER_BYTES] {
     header
 }
 
-fn receive(socket: &OwnedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Result<usize> {
+fn receive_bytes(socket: &OwnedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Result<usize> {
     recv(socket.as_raw_fd(), buffer, flags | MsgFlags::MSG_DONTWAIT)
 }
 

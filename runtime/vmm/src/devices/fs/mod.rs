@@ -14,5 +14,6 @@ mod device;
 mod handle;
 mod requests;
 
+pub(crate) use device::QUEUE_SIZES;
 pub use device::{FsDevice, TAG};
 pub use handle::FsHandle;

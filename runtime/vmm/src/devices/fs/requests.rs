@@ -26,6 +26,11 @@ pub(super) struct Requests {
 }
 
 impl Requests {
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
     /// Whether there are as many as there may be.
     pub(super) fn is_full(&self) -> bool {
         self.waiting.len() >= MAX_REQUESTS
@@ -45,19 +50,30 @@ impl Requests {
             serial,
         };
         self.waiting.insert((queue, head), request);
-        Some(u64::from(serial) << 32 | u64::from(queue) << 16 | u64::from(head))
+        Some(number((queue, head), serial))
     }
 
-    /// Takes out the request that an answer's number stands for: its queue, its chain's head. `None`: there is no such
-    /// request any more.
-    pub(super) fn take(&mut self, number: u64) -> Option<(u16, u16, Request)> {
-        let (queue, head) = ((number >> 16) as u16, number as u16);
-        let request = self.waiting.get(&(queue, head))?;
-        if request.serial != (number >> 32) as u32 {
-            return None;
-        }
-        let request = self.waiting.remove(&(queue, head))?;
-        Some((queue, head, request))
+    /// The number of the only request there is.
+    pub(super) fn only(&self) -> Option<u64> {
+        let mut waiting = self.waiting.iter();
+        let (place, request) = waiting.next()?;
+        waiting
+            .next()
+            .is_none()
+            .then(|| number(*place, request.serial))
+    }
+
+    /// The request that an answer's number stands for. `None`: there is no such request any more.
+    pub(super) fn get(&self, number: u64) -> Option<&Request> {
+        let request = self.waiting.get(&place(number))?;
+        (request.serial == serial(number)).then_some(request)
+    }
+
+    /// Takes a request out. Returns its queue and its chain's head.
+    pub(super) fn remove(&mut self, number: u64) -> Option<(u16, u16)> {
+        self.get(number)?;
+        self.waiting.remove(&place(number))?;
+        Some(place(number))
     }
 
     /// Takes all out.
@@ -71,4 +87,17 @@ impl Requests {
     pub(super) fn clear(&mut self) {
         self.waiting.clear();
     }
+}
+
+/// What stands for a request in its message.
+fn number((queue, head): (u16, u16), serial: u32) -> u64 {
+    u64::from(serial) << 32 | u64::from(queue) << 16 | u64::from(head)
+}
+
+fn place(number: u64) -> (u16, u16) {
+    ((number >> 16) as u16, number as u16)
+}
+
+fn serial(number: u64) -> u32 {
+    (number >> 32) as u32
 }

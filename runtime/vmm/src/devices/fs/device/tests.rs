@@ -118,6 +118,25 @@ fn answers_go_to_their_requests_in_any_order() {
     assert_eq!(&text, b"to the 1");
 }
 
+/// A header and 256 pages, each by itself.
+#[test]
+fn the_longest_answers_of_linux_fit() {
+    let memory = memory();
+    let mut rig = Rig::new(&memory);
+    rig.queues[1] = TestQueue::with_size(&memory, 0xc000, 512);
+    let server = rig.connect();
+    let mut room = vec![(ANSWER, 16, WRITE)];
+    room.extend((0..256).map(|page| (0x2_0000 + 0x100 * page, 16, WRITE)));
+    rig.ask(0, GETATTR, 5, &room);
+    let content: Vec<u8> = (0..4096).map(|i| (i % 251) as u8).collect();
+    reply(&server, next(&server).0, &content);
+    assert_eq!(rig.process(DeviceEvent::Wake), 1 << 1);
+    assert_eq!(rig.queues[1].used(), Some((0, 16 + 4096)));
+    assert_eq!(rig.answered(ANSWER), (16 + 4096, 0, 5));
+    let last: [u8; 16] = memory.read_obj(GuestAddress(0x2_ff00)).unwrap();
+    assert_eq!(last, content[4080..]);
+}
+
 #[test]
 fn without_a_server_requests_fail() {
     let memory = memory();
