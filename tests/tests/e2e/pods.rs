@@ -98,7 +98,7 @@ fn attributes_are_preserved() {
         assert_eq!(item["metadata"], pod.config["metadata"]);
         assert_eq!(item["labels"], labels);
         assert_eq!(item["annotations"], annotations);
-        assert_eq!(item["runtimeHandler"].as_str().unwrap_or(""), "");
+        assert_eq!(item["runtimeHandler"], pod.handler);
         assert!(
             item["createdAt"].as_str().is_some_and(|time| time > "0"),
             "{item}"
