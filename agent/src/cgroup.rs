@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -84,6 +85,16 @@ impl Cgroup {
     /// The group's directory, for `clone3` with `CLONE_INTO_CGROUP`.
     pub fn open(&self) -> io::Result<OwnedFd> {
         Ok(File::open(&self.0)?.into())
+    }
+
+    /// Lets the user `owner` manage what is below the group, but not its limits (cgroup-v2.rst, "Model of
+    /// Delegation").
+    pub fn delegate_to(&self, owner: u32) -> io::Result<()> {
+        chown(&self.0, Some(owner), None)?;
+        for name in ["cgroup.procs", "cgroup.subtree_control", "cgroup.threads"] {
+            chown(self.file(name), Some(owner), None)?;
+        }
+        Ok(())
     }
 
     /// How many processes of the group the kernel has killed for want of memory.

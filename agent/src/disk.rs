@@ -4,12 +4,16 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use podvisor_proto::agent::Segment;
+
+use crate::mount::{FileSystem, MountError};
 
 /// Partitions of one virtio disk: minor numbers 1 to 255 after the disk's own.
 const PARTITIONS: u32 = 255;
@@ -45,6 +49,16 @@ pub enum DiskError {
         length: u64,
         /// The kernel's reason.
         source: io::Error,
+    },
+    /// An image that the kernel does not mount.
+    #[error("mounting the layer of segment {start}+{length}: {source}")]
+    Layer {
+        /// First byte.
+        start: u64,
+        /// Bytes.
+        length: u64,
+        /// The kernel's reason.
+        source: MountError,
     },
 }
 
@@ -98,6 +112,8 @@ pub struct Disk {
     numbers: Numbers,
     layers: HashMap<Range, Layer>,
     devices: HashMap<Range, Device>,
+    /// Whose ids the files of layers have.
+    user_namespace: Option<Arc<OwnedFd>>,
 }
 
 /// A block device of one container's.
@@ -119,7 +135,13 @@ impl Disk {
             numbers: Numbers::default(),
             layers: HashMap::new(),
             devices: HashMap::new(),
+            user_namespace: None,
         }
+    }
+
+    /// Layers are mounted with the ids of `user_namespace` from now on.
+    pub fn map_ids(&mut self, user_namespace: Arc<OwnedFd>) {
+        self.user_namespace = Some(user_namespace);
     }
 
     /// Mounts the ext4 in `segment` at `target`, for as long as the guest lives.
@@ -212,25 +234,32 @@ impl Disk {
         }
         let number = self.add_partition(segment)?;
         let target = layer_path(number);
-        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
-        let mounted = std::fs::create_dir_all(&target).and_then(|()| {
-            mount(
-                Some(&self.device(number)),
-                &target,
-                Some("erofs"),
-                flags,
-                None::<&str>,
-            )
-            .map_err(io::Error::from)
-        });
-        if let Err(source) = mounted {
+        if let Err(source) = self.mount_layer(number, &target) {
             let _ = std::fs::remove_dir(&target);
             let _ = self.delete_partition(segment, number);
-            return Err(segment.error("mounting the layer", source));
+            let Range { start, length } = segment;
+            return Err(DiskError::Layer {
+                start,
+                length,
+                source,
+            });
         }
         let users = HashSet::from([user.to_owned()]);
         self.layers.insert(segment, Layer { number, users });
         Ok(target)
+    }
+
+    fn mount_layer(&self, number: u32, target: &Path) -> Result<(), MountError> {
+        std::fs::create_dir_all(target)?;
+        let file_system = FileSystem::open(c"erofs")?;
+        file_system.set(c"source", self.device(number).as_os_str().as_bytes())?;
+        file_system.set_flag(c"ro")?;
+        let mount = file_system
+            .mount(libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID)?;
+        if let Some(user_namespace) = &self.user_namespace {
+            mount.map_ids(user_namespace.as_fd())?;
+        }
+        mount.attach_at(target)
     }
 
     fn unmount_layer(&mut self, range: Range, number: u32) -> Result<(), DiskError> {

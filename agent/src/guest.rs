@@ -112,7 +112,8 @@ fn mount_at(kind: &str, target: &str, flags: MsFlags, options: &str) -> Result<(
         .map_err(step(format!("mounting {target}")))
 }
 
-fn set_loopback_up() -> io::Result<()> {
+/// In the network namespace of the calling thread.
+pub fn set_loopback_up() -> io::Result<()> {
     let socket = socket(
         AddressFamily::Inet,
         SockType::Datagram,

@@ -24,6 +24,7 @@
 //! | [`mount`]         | mounts by file descriptors, mount options                                |
 //! | [`image_volume`]  | images as volumes                                                        |
 //! | [`rootfs`]        | a container's root: layers under an overlay                              |
+//! | [`user_namespace`]| which ids of the guest a pod's users are                                 |
 //! | [`oci`]           | the OCI runtime spec, as far as the agent carries it out                 |
 //! | [`spec`]          | fills in what the OCI spec leaves to the guest                           |
 //! | [`cgroup`]        | control groups of containers and execs                                   |
@@ -65,6 +66,7 @@ mod spec;
 mod stdio;
 mod streams;
 mod sysctl;
+mod user_namespace;
 mod watch;
 
 /// First argument of the re-executed launcher.

@@ -1,7 +1,10 @@
 //! Makes the guest's interfaces look like those that CNI made in the pod's network namespace
 //! (rtnetlink(7)). Applying the same configuration twice changes nothing.
 
+use std::fs::File;
+use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsRawFd;
 use std::str::FromStr;
 
 use futures_util::TryStreamExt;
@@ -9,8 +12,10 @@ use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags};
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::route::RouteScope;
+use nix::sched::{CloneFlags, setns};
 use podvisor_proto::agent::{ConfigureNetworkRequest, Interface, Route};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder, new_connection};
+use tokio::task::JoinHandle;
 
 /// Most interfaces, addresses of one, and routes of a request.
 const LIMIT: usize = 1024;
@@ -29,6 +34,9 @@ pub enum NetworkError {
     /// See [`LIMIT`].
     #[error("more than {LIMIT} interfaces, addresses or routes")]
     TooMany,
+    /// The pod's own.
+    #[error("the pod's network namespace: {0}")]
+    Namespace(#[source] io::Error),
     /// No such interface.
     #[error("the guest has no interface {0:?}")]
     NoInterface(String),
@@ -42,8 +50,11 @@ pub enum NetworkError {
     },
 }
 
-/// Applies the whole request.
-pub async fn configure(request: &ConfigureNetworkRequest) -> Result<(), NetworkError> {
+/// Applies the whole request; in `namespace`, to which the interfaces are moved, or the guest's own.
+pub async fn configure(
+    request: &ConfigureNetworkRequest,
+    namespace: Option<&File>,
+) -> Result<(), NetworkError> {
     let addresses = request.interfaces.iter().map(|i| i.addresses.len()).max();
     let counts = [
         request.interfaces.len(),
@@ -56,9 +67,47 @@ pub async fn configure(request: &ConfigureNetworkRequest) -> Result<(), NetworkE
     let (connection, handle, _) =
         new_connection().map_err(|error| kernel("opening a netlink socket", &error))?;
     let driver = tokio::spawn(connection);
-    let result = apply(&handle, request).await;
+    let result = match namespace {
+        None => apply(&handle, request).await,
+        Some(namespace) => apply_in(namespace, &handle, request).await,
+    };
     driver.abort();
     result
+}
+
+/// Applies it in another network namespace. `handle` is of the one that interfaces come from.
+async fn apply_in(
+    namespace: &File,
+    handle: &Handle,
+    request: &ConfigureNetworkRequest,
+) -> Result<(), NetworkError> {
+    let (driver, inside) = connect_in(namespace).map_err(NetworkError::Namespace)?;
+    for Interface { name, .. } in &request.interfaces {
+        // A repeated call finds it moved.
+        if let Ok(found) = link(handle, name).await {
+            let link = LinkUnspec::new_with_index(found.header.index);
+            let moved = link.setns_by_fd(namespace.as_raw_fd()).build();
+            set_link(handle, moved, || format!("moving interface {name}")).await?;
+        }
+    }
+    let result = apply(&inside, request).await;
+    driver.abort();
+    result
+}
+
+/// A netlink socket, which is of the namespace that the thread was in which made it.
+fn connect_in(namespace: &File) -> io::Result<(JoinHandle<()>, Handle)> {
+    let runtime = tokio::runtime::Handle::current();
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, || {
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            let _entered = runtime.enter();
+            let (connection, handle, _) = new_connection()?;
+            Ok((tokio::spawn(connection), handle))
+        })?;
+        let made = thread.join();
+        made.unwrap_or_else(|_| Err(io::Error::other("a thread of the agent's died")))
+    })
 }
 
 async fn apply(handle: &Handle, request: &ConfigureNetworkRequest) -> Result<(), NetworkError> {

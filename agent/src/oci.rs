@@ -193,8 +193,6 @@ pub struct Linux {
     #[serde(default)]
     pub sysctl: BTreeMap<String, String>,
     #[serde(default)]
-    pub seccomp: Option<Seccomp>,
-    #[serde(default)]
     pub rootfs_propagation: String,
     #[serde(default)]
     pub masked_paths: Vec<PathBuf>,
@@ -222,6 +220,7 @@ pub enum NamespaceKind {
     Uts,
     Cgroup,
     Network,
+    User,
 }
 
 impl NamespaceKind {
@@ -234,6 +233,7 @@ impl NamespaceKind {
             Self::Uts => "uts",
             Self::Cgroup => "cgroup",
             Self::Network => "net",
+            Self::User => "user",
         }
     }
 }
@@ -375,91 +375,4 @@ pub struct Pids {
 pub struct HugepageLimit {
     pub page_size: String,
     pub limit: i64,
-}
-
-/// A filter of system calls.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Seccomp {
-    pub default_action: Action,
-    #[serde(default)]
-    pub default_errno_ret: Option<u32>,
-    #[serde(default)]
-    pub architectures: Vec<String>,
-    #[serde(default)]
-    pub flags: Vec<FilterFlag>,
-    #[serde(default)]
-    pub syscalls: Vec<SyscallRule>,
-}
-
-/// What happens to a system call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-#[allow(
-    clippy::enum_variant_names,
-    reason = "the prefix is part of the spec's names"
-)]
-pub enum Action {
-    ScmpActKill,
-    ScmpActKillProcess,
-    ScmpActKillThread,
-    ScmpActTrap,
-    ScmpActErrno,
-    ScmpActTrace,
-    ScmpActAllow,
-    ScmpActLog,
-}
-
-/// seccomp(2).
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-#[allow(
-    clippy::enum_variant_names,
-    reason = "the prefix is part of the spec's names"
-)]
-pub enum FilterFlag {
-    SeccompFilterFlagTsync,
-    SeccompFilterFlagLog,
-    SeccompFilterFlagSpecAllow,
-    SeccompFilterFlagWaitKillableRecv,
-}
-
-/// What happens to some system calls.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct SyscallRule {
-    pub names: Vec<String>,
-    pub action: Action,
-    #[serde(default)]
-    pub errno_ret: Option<u32>,
-    #[serde(default)]
-    pub args: Vec<Argument>,
-}
-
-/// A comparison of one argument of a system call.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Argument {
-    pub index: u32,
-    pub value: u64,
-    #[serde(default)]
-    pub value_two: u64,
-    pub op: Operator,
-}
-
-/// How an [`Argument`] is compared.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-#[allow(
-    clippy::enum_variant_names,
-    reason = "the prefix is part of the spec's names"
-)]
-pub enum Operator {
-    ScmpCmpNe,
-    ScmpCmpLt,
-    ScmpCmpLe,
-    ScmpCmpEq,
-    ScmpCmpGe,
-    ScmpCmpGt,
-    ScmpCmpMaskedEq,
 }

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -33,14 +34,17 @@ pub enum RootfsError {
     Prepare(#[from] io::Error),
 }
 
-/// Makes the layer that is below all others.
-pub fn make_lowest_layer() -> io::Result<()> {
+/// Makes the layer that is below all others, whose files are those of user and group `root`.
+pub fn make_lowest_layer(root: u32) -> io::Result<()> {
     let layer = Path::new(LOWEST);
     for directory in DIRECTORIES {
         std::fs::create_dir_all(layer.join(directory))?;
     }
     for file in FILES {
         File::create(layer.join(file))?;
+    }
+    for name in DIRECTORIES.iter().chain(&FILES) {
+        chown(layer.join(name), Some(root), Some(root))?;
     }
     Ok(())
 }
@@ -49,12 +53,18 @@ pub fn make_lowest_layer() -> io::Result<()> {
 pub struct Rootfs {
     target: PathBuf,
     scratch: PathBuf,
+    owner: u32,
 }
 
 impl Rootfs {
-    /// `target`: where it is mounted. `scratch`: a directory of its own on the scratch area.
-    pub fn new(target: PathBuf, scratch: PathBuf) -> Self {
-        Self { target, scratch }
+    /// `target`: where it is mounted. `scratch`: a directory of its own on the scratch area. `owner`: user and group
+    /// of the root directory.
+    pub fn new(target: PathBuf, scratch: PathBuf, owner: u32) -> Self {
+        Self {
+            target,
+            scratch,
+            owner,
+        }
     }
 
     /// Where the root is mounted.
@@ -78,6 +88,7 @@ impl Rootfs {
         for directory in [&self.target, &upper, &work] {
             std::fs::create_dir_all(directory)?;
         }
+        chown(&upper, Some(self.owner), Some(self.owner))?;
         let overlay = FileSystem::open(c"overlay")?;
         let set = |key, path: &Path| overlay.set(key, path.as_os_str().as_bytes());
         // "lowerdir+" adds below what is there, one path a time: no limit of one page for all.

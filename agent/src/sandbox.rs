@@ -1,21 +1,24 @@
 //! What all containers of the pod share: host name, resolver, hosts file, clock, the ipc, uts and
-//! (when asked for) pid namespaces, /dev/shm, and the scratch area.
+//! (when asked for) pid and user namespaces, /dev/shm, and the scratch area.
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use podvisor_proto::agent::ConfigureSandboxRequest;
 
 use crate::disk::{Disk, DiskError, Range};
+use crate::guest;
 use crate::rootfs;
 use crate::sysctl::{self, SysctlError};
+use crate::user_namespace::{IdMap, UserNamespace};
 
 /// Where everything of the pod is.
 pub const DIRECTORY: &str = "/run/podvisor";
@@ -45,6 +48,9 @@ pub enum SandboxError {
     /// A malformed request.
     #[error("the host name is longer than {HOSTNAME_LIMIT} bytes or contains NUL")]
     Hostname,
+    /// A malformed request.
+    #[error("the user namespace's map begins at id 0 and ends before {}", u32::MAX)]
+    UserNamespace,
     /// The scratch area.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -137,12 +143,14 @@ pub mod files {
 #[derive(Default)]
 pub struct Sandbox {
     configured: Option<ConfigureSandboxRequest>,
+    user_namespace: Option<UserNamespace>,
     has_volumes: bool,
 }
 
 impl Sandbox {
     /// Applies `request`. The same request again only sets the clock. Blocks for the time of a mount, and
-    /// leaves the calling thread in the pod's namespaces: it should end then.
+    /// leaves the calling thread in the pod's namespaces: it should end then. With a user namespace, these are there
+    /// already ([`crate::launcher::Launcher::make_namespaces`]).
     pub fn configure(
         &mut self,
         mut request: ConfigureSandboxRequest,
@@ -163,21 +171,41 @@ impl Sandbox {
             sysctl::check(name)?;
         }
 
+        let user_namespace = id_map(&request)?
+            .map(UserNamespace::open)
+            .transpose()
+            .map_err(kernel("opening the pod's user namespace"))?;
+        let root = user_namespace.as_ref().map_or(0, |own| own.ids.root());
         let hostname = format!("{}\n", request.hostname);
         for (path, content) in [
             (files::hostname(), &hostname),
             (files::hosts(), &request.hosts),
             (files::resolv_conf(), &request.resolv_conf),
         ] {
-            fs::write(path, content).map_err(kernel("writing the pod's files"))?;
+            fs::write(&path, content)
+                .and_then(|()| chown(&path, Some(root), Some(root)))
+                .map_err(kernel("writing the pod's files"))?;
         }
-        rootfs::make_lowest_layer().map_err(kernel("making the lowest layer"))?;
-        mount_shm(request.shm_bytes)?;
-        share_namespaces(&request)?;
+        rootfs::make_lowest_layer(root).map_err(kernel("making the lowest layer"))?;
+        mount_shm(request.shm_bytes, root)?;
+        if let Some(own) = &user_namespace {
+            join_namespaces().map_err(kernel("joining the pod's namespaces"))?;
+            guest::set_loopback_up().map_err(kernel("taking the loopback interface up"))?;
+            disk.map_ids(Arc::clone(&own.file));
+        } else {
+            make_namespaces()?;
+        }
+        set_up_namespaces(&request)?;
         // Last: what came before can be done twice, should this fail and be asked for again.
         disk.mount_scratch(scratch, &files::scratch())?;
         self.configured = Some(request);
+        self.user_namespace = user_namespace;
         Ok(())
+    }
+
+    /// The pod's user namespace, if it has one.
+    pub fn user_namespace(&self) -> Option<&UserNamespace> {
+        self.user_namespace.as_ref()
     }
 
     /// Mounts the volumes, if they are not yet. Waits for the host to answer.
@@ -225,7 +253,15 @@ fn set_clock(time_ns: u64) -> Result<(), SandboxError> {
     clock_settime(ClockId::CLOCK_REALTIME, time).map_err(kernel("setting the clock"))
 }
 
-fn mount_shm(bytes: u64) -> Result<(), SandboxError> {
+/// The map of the user namespace that a request asks for.
+pub fn id_map(request: &ConfigureSandboxRequest) -> Result<Option<IdMap>, SandboxError> {
+    request
+        .user_namespace
+        .map(|mapping| IdMap::new(mapping).ok_or(SandboxError::UserNamespace))
+        .transpose()
+}
+
+fn mount_shm(bytes: u64, owner: u32) -> Result<(), SandboxError> {
     let bytes = if bytes == 0 { SHM_DEFAULT } else { bytes };
     let target = files::shm();
     let again = target.exists();
@@ -234,7 +270,7 @@ fn mount_shm(bytes: u64) -> Result<(), SandboxError> {
     if again {
         flags |= MsFlags::MS_REMOUNT;
     }
-    let options = format!("mode=1777,size={bytes}");
+    let options = format!("mode=1777,size={bytes},uid={owner},gid={owner}");
     mount(
         Some("shm"),
         &target,
@@ -245,19 +281,32 @@ fn mount_shm(bytes: u64) -> Result<(), SandboxError> {
     .map_err(kernel("mounting the pod's /dev/shm"))
 }
 
-/// Makes the ipc and uts namespaces that the pod's containers share, with host name and sysctls. They are
-/// the calling thread's from then on, and kept by mounts when it ends.
-fn share_namespaces(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
+/// Makes the ipc and uts namespaces that the pod's containers share. They are the calling thread's from then
+/// on, and kept by mounts when it ends.
+fn make_namespaces() -> Result<(), SandboxError> {
     unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
         .map_err(kernel("making the pod's ipc and uts namespaces"))?;
-    nix::unistd::sethostname(&request.hostname).map_err(kernel("setting the host name"))?;
-    // From here, those of the ipc namespace are the pod's; all others are the guest's anyway.
-    for (name, value) in &request.sysctls {
-        sysctl::set(name, value)?;
-    }
     for name in ["ipc", "uts"] {
         keep_namespace(Path::new("/proc/thread-self/ns"), name)
             .map_err(kernel("keeping the pod's namespaces"))?;
+    }
+    Ok(())
+}
+
+/// Moves the calling thread to the namespaces that the pod's user namespace owns.
+fn join_namespaces() -> io::Result<()> {
+    for name in ["ipc", "uts", "net"] {
+        setns(File::open(files::namespace(name))?, CloneFlags::empty())?;
+    }
+    Ok(())
+}
+
+/// Sets host name and sysctls of the calling thread's namespaces: those of its namespaces are the pod's, all others the
+/// guest's.
+fn set_up_namespaces(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
+    nix::unistd::sethostname(&request.hostname).map_err(kernel("setting the host name"))?;
+    for (name, value) in &request.sysctls {
+        sysctl::set(name, value)?;
     }
     Ok(())
 }

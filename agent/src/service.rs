@@ -114,7 +114,12 @@ impl Agent for Service {
         &self,
         request: Request<ConfigureNetworkRequest>,
     ) -> Result<Response<ConfigureNetworkResponse>, Status> {
-        complete(async move { network::configure(request.get_ref()).await }).await?;
+        let pod = self.pod.clone();
+        complete(async move {
+            let namespace = pod.network_namespace().map_err(NetworkError::Namespace)?;
+            network::configure(request.get_ref(), namespace.as_ref()).await
+        })
+        .await?;
         Ok(Response::new(ConfigureNetworkResponse {}))
     }
 
@@ -228,7 +233,7 @@ impl ApiError {
             Self::Network(error) => match error {
                 NetworkError::Malformed { .. } | NetworkError::TooMany => Code::InvalidArgument,
                 NetworkError::NoInterface(_) => Code::NotFound,
-                NetworkError::Kernel { .. } => Code::Internal,
+                NetworkError::Kernel { .. } | NetworkError::Namespace(_) => Code::Internal,
             },
         }
     }
@@ -251,9 +256,7 @@ fn container_code(error: &ContainerError) -> Code {
         ContainerError::Id(_)
         | ContainerError::Invalid(_)
         | ContainerError::Spec(_)
-        | ContainerError::Seccomp(
-            SeccompFilterError::Compile(_) | SeccompFilterError::TooLarge(_),
-        )
+        | ContainerError::Seccomp(SeccompFilterError::Length(_) | SeccompFilterError::Flags(_))
         | ContainerError::Resources(ResourcesError::Inconsistent(_) | ResourcesError::NoFile(_))
         | ContainerError::User(
             UserError::NoUser(_)
@@ -264,6 +267,7 @@ fn container_code(error: &ContainerError) -> Code {
         | ContainerError::Sandbox(
             SandboxError::NoScratch
             | SandboxError::Hostname
+            | SandboxError::UserNamespace
             | SandboxError::Sysctl(SysctlError::Name(_) | SysctlError::Set { .. })
             | SandboxError::Disk(DiskError::Segment { .. }),
         )

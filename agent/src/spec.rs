@@ -44,6 +44,9 @@ pub enum SpecError {
     /// Not shared between containers.
     #[error("namespace {} cannot be the pod's or another container's", .0.file_name())]
     NotShared(NamespaceKind),
+    /// See [`crate::sandbox`].
+    #[error("the namespaces user and network are both the pod's, or both the guest's")]
+    NotOwn,
     /// The host says what is shared, the guest where it is.
     #[error("volume {} is not a path below the volumes", .0.display())]
     Volume(PathBuf),
@@ -71,7 +74,11 @@ impl ContainerSpec {
             let can_be_shared = if path == Path::new(POD) {
                 matches!(
                     kind,
-                    NamespaceKind::Ipc | NamespaceKind::Uts | NamespaceKind::Pid
+                    NamespaceKind::Ipc
+                        | NamespaceKind::Uts
+                        | NamespaceKind::Pid
+                        | NamespaceKind::Network
+                        | NamespaceKind::User
                 )
             } else if container(path).is_some() {
                 *kind == NamespaceKind::Pid
@@ -81,6 +88,19 @@ impl ContainerSpec {
             if !can_be_shared {
                 return Err(SpecError::NotShared(*kind));
             }
+        }
+        let pods_own = |wanted| {
+            let mut namespaces = namespaces.iter();
+            let found = namespaces.find(|namespace| namespace.kind == wanted);
+            found.map(|namespace| namespace.path.is_some())
+        };
+        // One of the container's own would have no interface, or no users. The two come together.
+        match (
+            pods_own(NamespaceKind::User),
+            pods_own(NamespaceKind::Network),
+        ) {
+            (None, None) | (Some(true), Some(true)) => {}
+            _ => return Err(SpecError::NotOwn),
         }
         // Without these two, the container would be in the agent's own.
         for (required, name) in [
@@ -154,6 +174,12 @@ impl ContainerSpec {
                 access: Some(access.to_owned()),
             });
         }
+    }
+
+    /// Whether it may write to the files of its control group.
+    pub fn manages_cgroup(&self) -> bool {
+        let mut mounts = self.0.mounts.iter();
+        mounts.any(|mount| mount.kind == "cgroup" && !mount.options.iter().any(|o| o == "ro"))
     }
 
     /// Where the process starts.

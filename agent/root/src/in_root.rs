@@ -101,6 +101,13 @@ impl Root {
     }
 }
 
+impl From<OwnedFd> for Root {
+    /// A directory that is open already.
+    fn from(directory: OwnedFd) -> Self {
+        Self(directory)
+    }
+}
+
 impl AsFd for Root {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

@@ -23,6 +23,7 @@ use crate::rootfs::Rootfs;
 use crate::sandbox::files;
 use crate::seccomp::StoredFilter;
 use crate::spec::{CompleteSpec, ContainerSpec};
+use crate::user_namespace::IdMap;
 
 /// From `cgroup.kill` to the end of a container's last process.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
@@ -119,6 +120,12 @@ fn assemble(
         spec.add_devices(devices);
     }
     let hostname = assembly.sandbox.hostname()?.to_owned();
+    let ids = assembly.sandbox.user_namespace().map(|own| own.ids);
+    if ids.is_some() != spec.shares(NamespaceKind::User) {
+        return Err(ContainerError::Invalid(
+            "spec and sandbox disagree about a user namespace".to_owned(),
+        ));
+    }
     let layers = without_covered(ranges(&request.layers)?);
     let volumes = request.image_volumes.iter();
     let volumes = volumes
@@ -127,6 +134,7 @@ fn assemble(
     let rootfs = Rootfs::new(
         bundle(&request.id).join("rootfs"),
         files::scratch().join(&request.id),
+        ids.map_or(0, IdMap::root),
     );
     if spec.has_volumes() {
         assembly.sandbox.mount_volumes()?;
@@ -159,7 +167,7 @@ fn assemble(
         .mount(root)
         .map_err(ContainerError::from)
         .and_then(|()| mount_volumes())
-        .and_then(|()| write_bundle(spec, &request, &hostname, fingerprint, &rootfs))
+        .and_then(|()| write_bundle(spec, &request, &hostname, ids, fingerprint, &rootfs))
         .inspect_err(|_| {
             let _ = clean_up(&request.id);
             assembly.disk.release(&request.id);
@@ -215,17 +223,24 @@ fn write_bundle(
     spec: ContainerSpec,
     request: &CreateContainerRequest,
     hostname: &str,
+    ids: Option<IdMap>,
     fingerprint: u64,
     rootfs: &Rootfs,
 ) -> Result<Container, ContainerError> {
     let root = Root::new(rootfs.path()).map_err(kernel("opening the root file system"))?;
     let account = user::resolve(&root, request.user.as_ref().unwrap_or(&User::default()))?;
-    // As other runtimes do: a working directory that the image lacks is made.
-    root.directory(spec.cwd())
-        .map_err(kernel("making the working directory"))?;
+    if let Some(ids) = ids {
+        check_ids(&account.ids, ids)?;
+    } else {
+        // As other runtimes do: a working directory that the image lacks is made. In a user namespace by the container's
+        // root, when it starts.
+        root.directory(spec.cwd())
+            .map_err(kernel("making the working directory"))?;
+    }
+    let manages_cgroup = spec.manages_cgroup();
     let pod_pids = spec.shares(NamespaceKind::Pid);
     let pid_target = spec.pid_target().map(str::to_owned);
-    let CompleteSpec { mut spec, devices } = spec.complete(
+    let CompleteSpec { spec, devices } = spec.complete(
         rootfs.path(),
         &image_volumes(&request.id),
         &account,
@@ -234,11 +249,10 @@ fn write_bundle(
 
     let bundle = bundle(&request.id);
     resources::check(&spec.linux.resources)?;
-    let seccomp = spec
-        .linux
+    let seccomp = request
         .seccomp
-        .take()
-        .map(|profile| StoredFilter::compile(&profile, bundle.join("seccomp.bpf")))
+        .as_ref()
+        .map(|filter| StoredFilter::store(filter, bundle.join("seccomp.bpf")))
         .transpose()?;
     serde_json::to_vec(&spec)
         .map_err(io::Error::from)
@@ -248,6 +262,8 @@ fn write_bundle(
         id: request.id.clone(),
         fingerprint,
         user: account.ids,
+        ids,
+        manages_cgroup,
         bundle,
         pod_pids,
         pid_target,
@@ -258,6 +274,22 @@ fn write_bundle(
         state: State::Created.into(),
         execs: Execs::default().into(),
     })
+}
+
+/// Refuses users and groups that the pod's user namespace does not have.
+fn check_ids(user: &ResolvedUser, ids: IdMap) -> Result<(), ContainerError> {
+    let ResolvedUser {
+        uid,
+        gid,
+        supplemental_groups,
+    } = user;
+    let mut all = [uid, gid].into_iter().chain(supplemental_groups);
+    match all.find(|id| ids.outside(**id).is_none()) {
+        Some(id) => Err(ContainerError::Invalid(format!(
+            "the pod's user namespace has no id {id}"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Blocks.
@@ -273,7 +305,7 @@ fn clean_up(id: &str) -> io::Result<()> {
     let _ = fs::symlink_metadata(files::volumes().join(id));
     image_volume::remove_all(&image_volumes(id))?;
     let bundle = bundle(id);
-    Rootfs::new(bundle.join("rootfs"), files::scratch().join(id)).remove()?;
+    Rootfs::new(bundle.join("rootfs"), files::scratch().join(id), 0).remove()?;
     match fs::remove_dir_all(bundle) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

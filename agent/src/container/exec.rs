@@ -32,9 +32,10 @@ impl Pod {
             return container.pid_of(&request.exec_id);
         };
         let stdio = request.stdio.clone().unwrap_or_default();
+        let (uid, gid) = container.owner();
         let wiring = stdio::claim(&self.0.streams, &stdio)
             .await?
-            .connect(container.user.uid, container.user.gid)
+            .connect(uid, gid)
             .map_err(kernel("making the standard streams"))?;
         let (first_process, container_cgroup) = container.first_process()?;
         let cgroup = container_cgroup
@@ -83,6 +84,7 @@ impl Pod {
         let message = Request::Exec(Box::new(LaunchRequest {
             process: container.exec_process(request),
             seccomp: container.seccomp.clone(),
+            user_namespace: container.ids.is_some(),
         }));
         let expectation = self.0.reaper.expect();
         let Launched { pid, console } = self

@@ -21,8 +21,8 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hasher};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::{fmt, io};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::{fmt, fs, io};
 
 use nix::sys::signal::Signal;
 use podvisor_proto::agent::{ConfigureSandboxRequest, ResolvedUser, Stdio};
@@ -39,11 +39,12 @@ use crate::oci::Process;
 use crate::reaper::Reaper;
 use crate::resources::ResourcesError;
 use crate::rootfs::RootfsError;
-use crate::sandbox::{Sandbox, SandboxError};
+use crate::sandbox::{self, Sandbox, SandboxError, files};
 use crate::seccomp::{SeccompFilterError, StoredFilter};
 use crate::spec::SpecError;
 use crate::stdio::Running;
 use crate::streams::{StreamError, Streams};
+use crate::user_namespace::IdMap;
 use crate::watch::{MemoryWatch, Watch};
 use podvisor_root::user::UserError;
 
@@ -166,6 +167,8 @@ struct Shared {
     assembly: Arc<tokio::sync::Mutex<Assembly>>,
     /// Whether the pid namespace that containers share is there.
     pid_namespace: tokio::sync::Mutex<bool>,
+    /// See [`Pod::network_namespace`].
+    network_namespace: OnceLock<fs::File>,
     launcher: Launcher,
     /// Whether the sandbox is configured.
     configured: watch::Sender<bool>,
@@ -189,6 +192,10 @@ struct Container {
     /// Of the request that made it.
     fingerprint: u64,
     user: ResolvedUser,
+    /// Ids of the pod's user namespace, if it has one.
+    ids: Option<IdMap>,
+    /// It may write to the files of its control group.
+    manages_cgroup: bool,
     bundle: PathBuf,
     /// Shares the pod's pid namespace.
     pod_pids: bool,
@@ -259,6 +266,7 @@ impl Pod {
                 sandbox: Sandbox::default(),
             })),
             pid_namespace: tokio::sync::Mutex::default(),
+            network_namespace: OnceLock::new(),
             launcher: Launcher::default(),
             configured: watch::Sender::new(false),
             prepared: watch::Sender::new(false),
@@ -286,7 +294,17 @@ impl Pod {
         &self,
         request: ConfigureSandboxRequest,
     ) -> Result<(), ContainerError> {
+        let ids = sandbox::id_map(&request)?;
         let mut assembly = Arc::clone(&self.0.assembly).lock_owned().await;
+        if let Some(ids) = ids
+            && self.0.network_namespace.get().is_none()
+        {
+            self.0.launcher.make_namespaces(ids).await?;
+            let namespace = fs::File::open(files::namespace("net"));
+            let namespace = namespace.map_err(kernel("opening the pod's network namespace"))?;
+            // Nobody else has set it: the assembly is locked.
+            let _ = self.0.network_namespace.set(namespace);
+        }
         let (sender, configured) = oneshot::channel();
         let work = move || {
             let Assembly { disk, sandbox } = &mut *assembly;
@@ -303,6 +321,12 @@ impl Pod {
             .map_err(|_| ContainerError::ShuttingDown)??;
         self.0.configured.send_replace(true);
         Ok(())
+    }
+
+    /// The network namespace of a pod that has a user namespace, once the sandbox is configured. Others have the guest's.
+    pub fn network_namespace(&self) -> io::Result<Option<fs::File>> {
+        let namespace = self.0.network_namespace.get();
+        namespace.map(fs::File::try_clone).transpose()
     }
 
     /// Ends when the sandbox is configured.
@@ -325,6 +349,13 @@ impl Pod {
 impl Container {
     fn what(&self) -> What {
         What::Container(self.id.clone())
+    }
+
+    /// User and group of its processes, as the guest's root knows them.
+    fn owner(&self) -> (u32, u32) {
+        // `create` has seen that the namespace has them.
+        let outside = |id| self.ids.and_then(|ids| ids.outside(id)).unwrap_or(id);
+        (outside(self.user.uid), outside(self.user.gid))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -391,9 +422,7 @@ const SPEC: &str = "config.json";
 
 /// Directory of one container's bundle.
 fn bundle(id: &str) -> PathBuf {
-    Path::new(crate::sandbox::DIRECTORY)
-        .join("containers")
-        .join(id)
+    Path::new(sandbox::DIRECTORY).join("containers").join(id)
 }
 
 /// Opens a pidfd, unless the process has ended and was collected already.

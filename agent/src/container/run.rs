@@ -38,15 +38,21 @@ impl Pod {
             ));
         }
         let claimed = stdio::claim(&self.0.streams, &stdio).await?;
+        let (uid, gid) = container.owner();
         let wiring = claimed
-            .connect(container.user.uid, container.user.gid)
+            .connect(uid, gid)
             .map_err(kernel("making the standard streams"))?;
         wait_for(&self.0.prepared).await;
         if container.pod_pids {
-            self.ensure_pid_namespace().await?;
+            self.ensure_pid_namespace(container.ids.is_some()).await?;
         }
         let cgroup = Cgroup::create_for_container(&container.id)
             .map_err(kernel("making the control group"))?;
+        if container.ids.is_some() && container.manages_cgroup {
+            cgroup
+                .delegate_to(uid)
+                .map_err(kernel("delegating the control group"))?;
+        }
         if let Some(devices) = &container.devices {
             devices
                 .attach(&cgroup)
@@ -101,6 +107,7 @@ impl Pod {
         let request = Request::Create(CreateRequest {
             spec: container.bundle.join(SPEC),
             seccomp: container.seccomp.clone(),
+            ids: container.ids,
         });
         let expectation = self.0.reaper.expect();
         let Launched { pid, console } =
@@ -139,14 +146,15 @@ impl Pod {
     }
 
     /// Makes the pid namespace that the pod's containers share, with the process that holds it.
-    async fn ensure_pid_namespace(&self) -> Result<(), ContainerError> {
+    async fn ensure_pid_namespace(&self, user_namespace: bool) -> Result<(), ContainerError> {
         let mut present = self.0.pid_namespace.lock().await;
         if *present {
             return Ok(());
         }
         let streams = || null().map_err(kernel("opening /dev/null"));
         let stdio = [streams()?, streams()?, streams()?];
-        let pause = self.0.launcher.launch(&Request::Pause, stdio, &[]).await?;
+        let request = Request::Pause { user_namespace };
+        let pause = self.0.launcher.launch(&request, stdio, &[]).await?;
         let namespaces = format!("/proc/{}/ns", pause.pid);
         crate::sandbox::keep_namespace(Path::new(&namespaces), "pid")
             .map_err(kernel("keeping the pod's pid namespace"))?;

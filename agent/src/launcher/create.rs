@@ -18,7 +18,8 @@ use nix::unistd::{chdir, fchdir, pivot_root, sethostname};
 
 use super::message::{CreateRequest, FailureKind, Report, Reporter};
 use super::process::{CLONE_INTO_CGROUP, CloneArguments, Failure};
-use super::{program, view};
+use super::view::Prepared;
+use super::{program, user_namespace, view};
 use crate::oci::{Namespace, NamespaceKind, Spec};
 use crate::resources;
 use crate::seccomp::{Filter, StoredFilter};
@@ -45,17 +46,27 @@ pub fn run(
         .map_err(|error| Failure::other("reading the seccomp filter", &error))?;
     resources::apply(&spec.linux.resources, cgroup.as_fd())
         .map_err(|error| Failure::other("limiting the container's resources", &error))?;
-    program::set_oom_score_adj(&spec.process)?;
+    program::set_inherited(&spec.process)?;
     // From here on this process may be seen from inside.
     prctl::set_dumpable(false).map_err(step("prctl"))?;
+    // SAFETY: a helper has one thread.
+    if request.ids.is_some() && !unsafe { user_namespace::move_to(&cgroup) }? {
+        return Ok(());
+    }
     let own = join_namespaces(&spec.linux.namespaces, target)?;
-    let arguments = CloneArguments {
+    let mut arguments = CloneArguments {
         // The cgroup namespace comes later: its root is the control group of who makes it.
-        flags: (own & !CloneFlags::CLONE_NEWCGROUP).bits() as u64
-            | libc::CLONE_PARENT as u64
-            | CLONE_INTO_CGROUP,
-        cgroup: cgroup.as_raw_fd() as u64,
+        flags: (own & !CloneFlags::CLONE_NEWCGROUP).bits() as u64 | libc::CLONE_PARENT as u64,
         ..CloneArguments::default()
+    };
+    let prepared = if let Some(ids) = request.ids {
+        let prepared = view::prepare(&spec, ids)?;
+        user_namespace::enter()?;
+        prepared
+    } else {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = cgroup.as_raw_fd() as u64;
+        Prepared::default()
     };
     // SAFETY: a helper has one thread.
     match unsafe { arguments.clone() }
@@ -65,7 +76,13 @@ pub fn run(
             reporter.send(&Report::Process(pid));
             Ok(())
         }
-        None => Err(first_process(&spec, own, filter.as_ref(), reporter)),
+        None => Err(first_process(
+            &spec,
+            own,
+            prepared,
+            filter.as_ref(),
+            reporter,
+        )),
     }
 }
 
@@ -84,6 +101,8 @@ fn join_namespaces(
             NamespaceKind::Uts => CloneFlags::CLONE_NEWUTS,
             NamespaceKind::Network => CloneFlags::CLONE_NEWNET,
             NamespaceKind::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+            // Joined last: what is made before is made by the guest's root.
+            NamespaceKind::User => continue,
         };
         match (&namespace.path, target) {
             (None, _) => own |= kind,
@@ -111,17 +130,18 @@ fn join(path: &Path, kind: CloneFlags) -> io::Result<()> {
 fn first_process(
     spec: &Spec,
     own: CloneFlags,
+    prepared: Prepared,
     filter: Option<&Filter>,
     reporter: Reporter,
 ) -> Failure {
-    match enter(spec, own) {
+    match enter(spec, own, prepared) {
         Ok(()) => program::become_program(&spec.process, filter, true, reporter),
         Err(failure) => failure,
     }
 }
 
 /// Moves into the container's namespaces and root. Until the last step, paths are the guest's.
-fn enter(spec: &Spec, own: CloneFlags) -> Result<(), Failure> {
+fn enter(spec: &Spec, own: CloneFlags, prepared: Prepared) -> Result<(), Failure> {
     let step = |what| move |error: nix::Error| Failure::other(what, &error);
     if own.contains(CloneFlags::CLONE_NEWCGROUP) {
         unshare(CloneFlags::CLONE_NEWCGROUP).map_err(step("making the cgroup namespace"))?;
@@ -138,7 +158,7 @@ fn enter(spec: &Spec, own: CloneFlags) -> Result<(), Failure> {
         _ => MsFlags::MS_SLAVE,
     };
     change_propagation("/", propagation).map_err(step("detaching from the guest's mounts"))?;
-    let root = view::build(spec)?;
+    let root = view::build(spec, prepared)?;
     change_root(&root).map_err(step("changing the root"))
 }
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::oci::Process;
 use crate::seccomp::StoredFilter;
+use crate::user_namespace::IdMap;
 
 /// Longest report, in bytes.
 pub const REPORT_LIMIT: usize = 8192;
@@ -25,7 +26,12 @@ pub enum Request {
     /// container's first process.
     Exec(Box<ExecRequest>),
     /// A process that does nothing but hold the pod's pid namespace and reap its orphans.
-    Pause,
+    Pause {
+        /// The pod has a user namespace.
+        user_namespace: bool,
+    },
+    /// The pod's user namespace, and those that it owns.
+    Namespaces(IdMap),
 }
 
 /// See [`Request::Create`].
@@ -35,6 +41,8 @@ pub struct CreateRequest {
     pub spec: PathBuf,
     /// The container's seccomp filter.
     pub seccomp: Option<StoredFilter>,
+    /// Ids of the pod's user namespace, if it has one.
+    pub ids: Option<IdMap>,
 }
 
 /// See [`Request::Exec`].
@@ -44,6 +52,8 @@ pub struct ExecRequest {
     pub process: Process,
     /// The container's seccomp filter.
     pub seccomp: Option<StoredFilter>,
+    /// The pod has a user namespace.
+    pub user_namespace: bool,
 }
 
 /// Whose fault a failure is.
@@ -64,6 +74,8 @@ pub enum Report {
     Helper(i32),
     /// The pid of the process it has made.
     Process(i32),
+    /// What was asked for is there, and no process.
+    Done,
     /// Comes with the master side of the process's terminal.
     Console,
     /// It did not work.

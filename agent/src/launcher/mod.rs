@@ -12,9 +12,11 @@ mod create;
 mod exec;
 mod executable;
 mod message;
+mod namespaces;
 mod pause;
 pub mod process;
 mod program;
+mod user_namespace;
 mod view;
 
 use std::io::{self, IoSlice, IoSliceMut, Write};
@@ -37,6 +39,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
 use crate::fd::{register, set_nonblocking};
+use crate::user_namespace::IdMap;
 pub use message::{CreateRequest, ExecRequest, FailureKind, Request};
 use message::{REPORT_LIMIT, Report};
 
@@ -91,6 +94,21 @@ impl Launcher {
         Ok(())
     }
 
+    /// Makes the pod's user namespace, with this map, and those that it owns, where [`crate::sandbox::files::namespace`]
+    /// says.
+    pub async fn make_namespaces(&self, ids: IdMap) -> Result<(), LaunchError> {
+        let null = || crate::fd::null();
+        let request = Request::Namespaces(ids);
+        let reports = self
+            .request(&request, [null()?, null()?, null()?], &[])
+            .await?;
+        match reports.failure {
+            Some((kind, message)) => Err(LaunchError::Failed { kind, message }),
+            None if reports.done => Ok(()),
+            None => Err(LaunchError::Silent),
+        }
+    }
+
     /// Makes a process whose standard streams are `stdio`. `others` are what the request needs besides.
     /// When this fails, the process is ended, or will end by itself.
     pub async fn launch(
@@ -99,6 +117,16 @@ impl Launcher {
         stdio: [OwnedFd; 3],
         others: &[BorrowedFd<'_>],
     ) -> Result<Launched, LaunchError> {
+        self.request(request, stdio, others).await?.into_result()
+    }
+
+    /// Sends a request and waits for all that is said about it.
+    async fn request(
+        &self,
+        request: &Request,
+        stdio: [OwnedFd; 3],
+        others: &[BorrowedFd<'_>],
+    ) -> Result<Reports, LaunchError> {
         let content = memfd_create(c"request", MFdFlags::MFD_CLOEXEC).map_err(io::Error::from)?;
         let mut content = std::fs::File::from(content);
         content.write_all(&serde_json::to_vec(request).map_err(io::Error::from)?)?;
@@ -115,6 +143,7 @@ impl Launcher {
             helper: None,
             pid: None,
             console: None,
+            done: false,
             failure: None,
         };
         let Ok(collected) = timeout(DEADLINE, reports.collect()).await else {
@@ -122,7 +151,7 @@ impl Launcher {
             return Err(LaunchError::Deadline);
         };
         collected?;
-        reports.into_result()
+        Ok(reports)
     }
 
     fn send(&self, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -190,6 +219,7 @@ struct Reports {
     helper: Option<i32>,
     pid: Option<i32>,
     console: Option<OwnedFd>,
+    done: bool,
     failure: Option<(FailureKind, String)>,
 }
 
@@ -201,6 +231,7 @@ impl Reports {
                 Report::Helper(pid) => self.helper = Some(pid),
                 Report::Process(pid) => self.pid = Some(pid),
                 Report::Console => self.console = fd,
+                Report::Done => self.done = true,
                 // The first is the cause, others are consequences.
                 Report::Failed { kind, message } => {
                     self.failure.get_or_insert((kind, message));

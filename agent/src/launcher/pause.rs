@@ -7,9 +7,13 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::message::{Report, Reporter};
 use super::process::{Failure, clone_for_parent};
+use super::user_namespace;
 
-/// Makes the namespace and its first process.
-pub fn run(reporter: Reporter) -> Result<(), Failure> {
+/// Makes the namespace and its first process. The pod's user namespace owns it, if there is one.
+pub fn run(in_user_namespace: bool, reporter: Reporter) -> Result<(), Failure> {
+    if in_user_namespace {
+        user_namespace::enter()?;
+    }
     unshare(CloneFlags::CLONE_NEWPID)
         .map_err(|error| Failure::other("making the pod's pid namespace", &error))?;
     // SAFETY: a helper has one thread.

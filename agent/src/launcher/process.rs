@@ -10,7 +10,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use super::message::{FailureKind, Report, Reporter, Request};
-use super::{create, exec, pause};
+use super::{create, exec, namespaces, pause};
 use crate::kmsg;
 
 /// Descriptors of a request: content, report socket, three standard streams, and what it needs besides.
@@ -183,6 +183,7 @@ fn answer(
             (Some(cgroup), Some(pidfd)) => exec::run(*request, cgroup, &pidfd, reporter),
             _ => Err(Failure::other("reading the request", &"no control group")),
         },
-        Request::Pause => pause::run(reporter),
+        Request::Pause { user_namespace } => pause::run(user_namespace, reporter),
+        Request::Namespaces(ids) => namespaces::run(ids, reporter),
     }
 }

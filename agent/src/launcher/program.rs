@@ -22,13 +22,17 @@ use crate::oci::{self, Limit, Process};
 use crate::seccomp::Filter;
 use podvisor_root::in_root::Root;
 
-/// Sets what the process inherits. Not possible any more when this process is not dumpable.
-pub fn set_oom_score_adj(process: &Process) -> Result<(), Failure> {
-    let Some(score) = process.oom_score_adj else {
-        return Ok(());
-    };
-    std::fs::write("/proc/self/oom_score_adj", score.to_string())
-        .map_err(|error| Failure::other("setting oom_score_adj", &error))
+/// Sets what the process inherits: what the root of a user namespace could not raise. Not possible any more when this
+/// process is not dumpable.
+pub fn set_inherited(process: &Process) -> Result<(), Failure> {
+    if let Some(score) = process.oom_score_adj {
+        std::fs::write("/proc/self/oom_score_adj", score.to_string())
+            .map_err(|error| Failure::other("setting oom_score_adj", &error))?;
+    }
+    for limit in &process.rlimits {
+        set_limit(limit).map_err(|error| Failure::other("setting a resource limit", &error))?;
+    }
+    Ok(())
 }
 
 /// Turns this process into what the spec says. `console`: its terminal is also the container's
@@ -56,9 +60,6 @@ fn prepare(
     if process.terminal {
         set_up_terminal(process, console, reporter)
             .map_err(|error| Failure::other("making a terminal", &error))?;
-    }
-    for limit in &process.rlimits {
-        set_limit(limit).map_err(step("setting a resource limit"))?;
     }
     if process.no_new_privileges {
         prctl::set_no_new_privs().map_err(step("setting no_new_privs"))?;

@@ -3,7 +3,8 @@
 //! descriptor that was found without leaving the root: the image, and who else writes to a volume, choose
 //! names there.
 
-use std::ffi::CString;
+use std::collections::HashMap;
+use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use nix::unistd::{Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, fchownat, syml
 use super::process::Failure;
 use crate::mount::{Attributes, FileSystem, Mount, MountError, Options};
 use crate::oci::{self, Device, NodeKind, Spec};
+use crate::user_namespace::IdMap;
 use podvisor_root::in_root::Root;
 
 /// Devices that every container has (runtime-spec, config-linux.md, "Default Devices"): name, major and
@@ -28,6 +30,7 @@ const DEVICES: [(&str, u64, u64); 6] = [
     ("urandom", 1, 9),
     ("tty", 5, 0),
 ];
+const DEVICE_DIRECTORY: &str = "/dev";
 const NULL: &str = "/dev/null";
 const NULL_NUMBERS: (u64, u64) = (1, 3);
 /// Links that every container has ("Dev symbolic links").
@@ -39,20 +42,81 @@ const LINKS: [(&str, &str); 5] = [
     ("ptmx", "pts/ptmx"),
 ];
 
-/// Makes everything in the root of `spec`, which is mounted already. The process is in the container's
-/// namespaces.
-pub fn build(spec: &Spec) -> Result<Root, Failure> {
-    let linux = &spec.linux;
+/// What the guest's root has made for a container in the pod's user namespace, whose root could not: files that are the
+/// guest's, device nodes, sysfs. Nothing for other containers, which make it themselves.
+#[derive(Default)]
+pub struct Prepared {
+    /// By their places in the spec.
+    mounts: HashMap<usize, Mount>,
+    /// The root file system.
+    root: Option<Mount>,
+}
+
+/// Makes it, before the process is in the namespaces that are the container's own.
+pub fn prepare(spec: &Spec, ids: IdMap) -> Result<Prepared, Failure> {
     let root = Root::new(&spec.root.path)
         .map_err(|error| Failure::other("opening the root file system", &error))?;
-    for mount in &spec.mounts {
-        add(&root, mount).map_err(|error| {
-            let destination = mount.destination.display();
-            Failure::other(&format!("mounting {destination}"), &error)
-        })?;
+    let mut prepared = Prepared::default();
+    let mut device_directory = None;
+    for (place, mount) in spec.mounts.iter().enumerate() {
+        let mut options = Options::parse(mount.options.iter().map(String::as_str));
+        let is_devices = mount.destination == Path::new(DEVICE_DIRECTORY);
+        match mount.kind.as_str() {
+            "sysfs" => {}
+            "tmpfs" if is_devices => {
+                let owner = ids.root();
+                let data = [format!("uid={owner}"), format!("gid={owner}")];
+                options.data.extend(data);
+                device_directory = Some(place);
+            }
+            _ if is_bind(mount, &options) => {}
+            _ => continue,
+        }
+        let made = new_mount(mount, &options).map_err(|error| cannot_mount(mount, &error))?;
+        prepared.mounts.insert(place, made);
     }
-    add_devices(&root, &linux.devices).map_err(|error| Failure::other("making devices", &error))?;
-    replace_null(&root).map_err(|error| Failure::other("placing the standard streams", &error))?;
+    let directory = device_directory.and_then(|place| prepared.mounts.get(&place));
+    let directory = match directory {
+        Some(mount) => mount.as_fd().try_clone_to_owned(),
+        None => root.directory(Path::new(DEVICE_DIRECTORY)),
+    };
+    directory
+        .and_then(|directory| add_devices(&root, &directory.into(), &spec.linux.devices, Some(ids)))
+        .map_err(|error| Failure::other("making devices", &error))?;
+    // The one that is there is locked where it is in the mount namespace of another user namespace.
+    let again = Mount::again(root.as_fd(), false);
+    prepared.root =
+        Some(again.map_err(|error| Failure::other("mounting the root file system", &error))?);
+    Ok(prepared)
+}
+
+/// Makes everything in the root of `spec`, which is mounted already. The process is in the container's
+/// namespaces.
+pub fn build(spec: &Spec, mut prepared: Prepared) -> Result<Root, Failure> {
+    let linux = &spec.linux;
+    let step = |what| move |error: io::Error| Failure::other(what, &error);
+    let mut root = Root::new(&spec.root.path).map_err(step("opening the root file system"))?;
+    let is_prepared = prepared.root.is_some();
+    if let Some(again) = prepared.root {
+        again
+            .attach(root.as_fd())
+            .map_err(|error| Failure::other("mounting the root file system", &error))?;
+        root = Root::new(&spec.root.path).map_err(step("opening the root file system"))?;
+    }
+    for (place, mount) in spec.mounts.iter().enumerate() {
+        add(&root, mount, prepared.mounts.remove(&place))
+            .map_err(|error| cannot_mount(mount, &error))?;
+    }
+    if is_prepared {
+        // As root of the container, whose it is to be.
+        root.directory(&spec.process.cwd)
+            .map_err(step("making the working directory"))?;
+    } else {
+        root.directory(Path::new(DEVICE_DIRECTORY))
+            .and_then(|directory| add_devices(&root, &directory.into(), &linux.devices, None))
+            .map_err(step("making devices"))?;
+    }
+    replace_null(&root).map_err(step("placing the standard streams"))?;
     for path in &linux.readonly_paths {
         make_read_only(&root, path).map_err(|error| {
             Failure::other(&format!("making {} read-only", path.display()), &error)
@@ -73,27 +137,47 @@ const READ_ONLY: Attributes = Attributes {
     propagation: 0,
 };
 
-/// Adds one mount of the spec.
-fn add(root: &Root, spec: &oci::Mount) -> Result<(), MountError> {
-    let options = Options::parse(spec.options.iter().map(String::as_str));
+fn cannot_mount(mount: &oci::Mount, error: &MountError) -> Failure {
+    let destination = mount.destination.display();
+    Failure::other(&format!("mounting {destination}"), error)
+}
+
+/// Adds one mount of the spec, `prepared` or new.
+fn add(root: &Root, spec: &oci::Mount, prepared: Option<Mount>) -> Result<(), MountError> {
+    let mount = match prepared {
+        Some(mount) => mount,
+        None => new_mount(
+            spec,
+            &Options::parse(spec.options.iter().map(String::as_str)),
+        )?,
+    };
     let destination = &spec.destination;
-    let (mount, place) = if options.bind || spec.kind == "bind" {
+    let place = match spec.kind.as_str() {
+        // What relies on /proc and /sys being where their names say must not be led astray.
+        "proc" | "sysfs" => root.directory_without_links(destination)?,
+        _ => place_for(root, destination, mount.as_fd())?,
+    };
+    Ok(mount.attach(place.as_fd())?)
+}
+
+fn is_bind(spec: &oci::Mount, options: &Options) -> bool {
+    options.bind || spec.kind == "bind"
+}
+
+/// The mount of a spec, nowhere yet.
+fn new_mount(spec: &oci::Mount, options: &Options) -> Result<Mount, MountError> {
+    let mount = if is_bind(spec, options) {
         let source = spec.source.as_deref().ok_or(Errno::EINVAL)?;
         // A path of the agent's own, or one below it that the host names: links are followed.
         let source = open(source, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
         let mount = Mount::again(source.as_fd(), options.bind_recursive)?;
         options.attributes.apply(mount.as_fd(), false)?;
-        (mount, place_for(root, destination, source.as_fd())?)
+        mount
     } else {
-        let place = match spec.kind.as_str() {
-            // What relies on /proc and /sys being where their names say must not be led astray.
-            "proc" | "sysfs" => root.directory_without_links(destination)?,
-            _ => root.directory(destination)?,
-        };
-        (make(&spec.kind, spec.source.as_deref(), &options)?, place)
+        make(&spec.kind, spec.source.as_deref(), options)?
     };
     options.recursive.apply(mount.as_fd(), true)?;
-    Ok(mount.attach(place.as_fd())?)
+    Ok(mount)
 }
 
 /// Where `source` can be mounted: a directory or a file, as it is one.
@@ -129,18 +213,26 @@ fn make(kind: &str, source: Option<&Path>, options: &Options) -> Result<Mount, M
     Ok(mount)
 }
 
-/// Makes the devices of the spec, those that every container has, and links. What is there stays.
-fn add_devices(root: &Root, devices: &[Device]) -> io::Result<()> {
+/// Makes the devices of the spec, those that every container has, and links, in `directory`, which is the container's
+/// /dev, and elsewhere in its root. What is there stays.
+fn add_devices(
+    root: &Root,
+    directory: &Root,
+    devices: &[Device],
+    ids: Option<IdMap>,
+) -> io::Result<()> {
     // Modes are as they are written.
     let previous = umask(Mode::empty());
-    let directory = root.directory(Path::new("/dev"))?;
     for device in devices {
-        add_device(root, device)?;
+        match device.path.strip_prefix(DEVICE_DIRECTORY) {
+            Ok(path) => add_device(directory, path, device, ids)?,
+            Err(_) => add_device(root, &device.path, device, ids)?,
+        }
     }
     for (name, major, minor) in DEVICES {
         let mode = Mode::from_bits_truncate(0o666);
         present(mknodat(
-            &directory,
+            directory,
             name,
             SFlag::S_IFCHR,
             mode,
@@ -148,19 +240,25 @@ fn add_devices(root: &Root, devices: &[Device]) -> io::Result<()> {
         ))?;
     }
     for (name, target) in LINKS {
-        present(symlinkat(target, &directory, name))?;
+        present(symlinkat(target, directory, name))?;
+    }
+    if let Some(ids) = ids {
+        let devices = DEVICES.iter().map(|(name, ..)| name);
+        for name in devices.chain(LINKS.iter().map(|(name, _)| name)) {
+            let root = Some(ids.root());
+            give(directory, OsStr::new(name), (root, root))?;
+        }
     }
     umask(previous);
     Ok(())
 }
 
-fn add_device(root: &Root, device: &Device) -> io::Result<()> {
+fn add_device(root: &Root, path: &Path, device: &Device, ids: Option<IdMap>) -> io::Result<()> {
     let kind = match device.kind {
         NodeKind::Block => SFlag::S_IFBLK,
         NodeKind::Character => SFlag::S_IFCHR,
         NodeKind::Fifo => SFlag::S_IFIFO,
     };
-    let path = &device.path;
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Errno::EINVAL.into());
     };
@@ -168,17 +266,27 @@ fn add_device(root: &Root, device: &Device) -> io::Result<()> {
     let mode = Mode::from_bits_truncate(device.file_mode.unwrap_or(0o666) & 0o7777);
     let number = makedev(device.major, device.minor);
     present(mknodat(&parent, name, kind, mode, number))?;
-    let owner = (device.uid.map(Uid::from_raw), device.gid.map(Gid::from_raw));
-    if owner != (None, None) {
-        fchownat(
-            &parent,
-            name,
-            owner.0,
-            owner.1,
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        )?;
-    }
-    Ok(())
+    let owner = match ids {
+        None => (device.uid, device.gid),
+        // An id that the namespace does not have is nobody there, as it would be with runc.
+        Some(ids) => (
+            ids.outside(device.uid.unwrap_or_default()),
+            ids.outside(device.gid.unwrap_or_default()),
+        ),
+    };
+    give(&parent, name, owner)
+}
+
+/// Gives a device to a user and a group.
+fn give(directory: impl AsFd, name: &OsStr, owner: (Option<u32>, Option<u32>)) -> io::Result<()> {
+    let (user, group) = (owner.0.map(Uid::from_raw), owner.1.map(Gid::from_raw));
+    Ok(fchownat(
+        directory,
+        name,
+        user,
+        group,
+        AtFlags::AT_SYMLINK_NOFOLLOW,
+    )?)
 }
 
 /// What exists already is as good.

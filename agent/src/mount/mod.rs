@@ -142,6 +142,18 @@ impl Mount {
         Ok(Self(descriptor(result)?))
     }
 
+    /// Shows the ids of its files as `user_namespace` maps them, and stores those of new ones the other way round. The
+    /// mount must be nowhere yet.
+    pub fn map_ids(&self, user_namespace: BorrowedFd<'_>) -> nix::Result<()> {
+        let attributes = libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: user_namespace.as_raw_fd() as u64,
+        };
+        set_attributes(self.as_fd(), &attributes, 0)
+    }
+
     /// Puts it on `place`.
     pub fn attach(&self, place: BorrowedFd<'_>) -> nix::Result<()> {
         self.move_to(place.as_raw_fd(), c"", libc::MOVE_MOUNT_T_EMPTY_PATH)
@@ -198,23 +210,29 @@ impl Attributes {
             propagation: self.propagation,
             userns_fd: 0,
         };
-        let mut flags = libc::AT_EMPTY_PATH;
-        if recursive {
-            flags |= libc::AT_RECURSIVE;
-        }
-        // SAFETY: a descriptor, a string, and a structure with its size.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_mount_setattr,
-                mount.as_raw_fd(),
-                c"".as_ptr(),
-                flags,
-                &raw const attributes,
-                size_of::<libc::mount_attr>(),
-            )
-        };
-        Errno::result(result).map(drop)
+        let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+        set_attributes(mount, &attributes, flags)
     }
+}
+
+/// mount_setattr(2) of the mount whose root is `mount`.
+fn set_attributes(
+    mount: BorrowedFd<'_>,
+    attributes: &libc::mount_attr,
+    flags: libc::c_int,
+) -> nix::Result<()> {
+    // SAFETY: a descriptor, a string, and a structure with its size.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags | libc::AT_EMPTY_PATH,
+            &raw const *attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(result).map(drop)
 }
 
 /// The descriptor that a system call has just returned.

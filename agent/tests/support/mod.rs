@@ -18,7 +18,8 @@ use podvisor_proto::agent::agent_client::AgentClient;
 use podvisor_proto::agent::event::Kind;
 use podvisor_proto::agent::{
     ConfigureSandboxRequest, CreateContainerRequest, Event, EventsRequest, ExecRequest,
-    RemoveContainerRequest, Segment, StartContainerRequest, Stdio as StdioTokens, User,
+    RemoveContainerRequest, SeccompFilter, Segment, StartContainerRequest, Stdio as StdioTokens,
+    User,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -115,6 +116,7 @@ impl Guest {
                 merge_image_groups: true,
                 ..User::default()
             }),
+            seccomp: Some(no_mkdir()),
             ..CreateContainerRequest::default()
         };
         let user = self
@@ -238,6 +240,7 @@ pub fn sandbox(scratch: Segment) -> ConfigureSandboxRequest {
         // 0: this machine's clock stays as it is.
         time_ns: 0,
         shm_bytes: 0,
+        user_namespace: None,
     }
 }
 
@@ -291,11 +294,29 @@ pub fn spec(args: &[&str]) -> Value {
             ],
             "maskedPaths": ["/proc/kcore"],
             "readonlyPaths": ["/proc/sys"],
-            "seccomp": {
-                "defaultAction": "SCMP_ACT_ALLOW",
-                "architectures": ["SCMP_ARCH_X86_64"],
-                "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 }],
-            },
         },
     })
+}
+
+/// The filter of every container, as podvisord compiles it: EOPNOTSUPP for mkdir and mkdirat.
+fn no_mkdir() -> SeccompFilter {
+    let instruction = |code: libc::c_uint, when_true: u8, operand: u32| {
+        let [code0, code1] = (code as u16).to_ne_bytes();
+        let [k0, k1, k2, k3] = operand.to_ne_bytes();
+        [code0, code1, when_true, 0, k0, k1, k2, k3]
+    };
+    let is = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let answer = libc::BPF_RET | libc::BPF_K;
+    let program = [
+        // The number of the call, at the beginning of `struct seccomp_data`.
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        instruction(is, 2, libc::SYS_mkdir as u32),
+        instruction(is, 1, libc::SYS_mkdirat as u32),
+        instruction(answer, 0, libc::SECCOMP_RET_ALLOW),
+        instruction(answer, 0, libc::SECCOMP_RET_ERRNO | libc::EOPNOTSUPP as u32),
+    ];
+    SeccompFilter {
+        program: program.concat(),
+        flags: 0,
+    }
 }

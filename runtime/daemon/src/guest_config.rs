@@ -15,6 +15,7 @@ pub fn sandbox(
     config: &cri::PodSandboxConfig,
     ips: &[IpAddr],
     huge_pages: u64,
+    user_namespace: Option<cri::IdMapping>,
 ) -> agent::ConfigureSandboxRequest {
     let hostname = hostname(id, config);
     let linux = config.linux.as_ref();
@@ -28,6 +29,11 @@ pub fn sandbox(
         hosts: hosts(&hostname, ips),
         hostname,
         sysctls,
+        user_namespace: user_namespace.map(|mapping| agent::IdMapping {
+            container_id: mapping.container_id,
+            host_id: mapping.host_id,
+            length: mapping.length,
+        }),
         ..Default::default()
     }
 }

@@ -55,5 +55,6 @@ pub mod server;
 pub mod services;
 pub mod spec;
 pub mod store;
-pub mod vm_size;
+pub mod user_namespace;
+mod vm_size;
 pub mod volumes;

@@ -13,4 +13,5 @@ mod resources;
 mod restart;
 mod security;
 mod stop;
+mod user_namespaces;
 mod volumes;

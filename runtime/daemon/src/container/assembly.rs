@@ -49,6 +49,7 @@ impl Assembly {
         let devices = blocking(move || volumes::open_devices(&devices)).await?;
         let more = volumes::spec_mounts(&self.id, &volumes, &self.volumes.images)?;
         add_mounts(&mut self.built, more);
+        let seccomp = spec::seccomp::take_filter(&mut self.built.spec).await?;
 
         let layers = send_layers(monitor, &self.image).await?;
         let mut image_volumes = Vec::with_capacity(self.volume_images.len());
@@ -75,6 +76,7 @@ impl Assembly {
             guest_devices: self.built.guest_devices,
             image_volumes,
             block_devices,
+            seccomp,
             ..Default::default()
         };
         Ok((request, Files::Guest(volumes)))

@@ -23,6 +23,7 @@ use crate::resources::check_cpus;
 use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
+use crate::user_namespace;
 use crate::volumes;
 use assembly::{Assembly, devices_of, open_file};
 
@@ -81,8 +82,9 @@ impl Daemon {
             target: target.as_deref(),
             host_pod: host_pod.as_ref(),
         };
+        let users = user_namespace::of_pod(&sandbox_config)?;
         let built = spec::build(&config, surroundings)?;
-        let volumes = volumes::parse(&config.mounts, host_pod.is_none())?;
+        let volumes = volumes::parse(&config.mounts, host_pod.is_none(), users.as_ref())?;
         let volume_images = self.volume_images(&mut config, &volumes)?;
         let id = ids::new_id()?;
         let name = self.container_names.reserve(

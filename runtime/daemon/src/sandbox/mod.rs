@@ -22,7 +22,7 @@ use crate::ids::{self, Reservation};
 use crate::monitor::{LaunchFds, Monitor};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
-use crate::{guest_config, handlers, host, inventory, vm_size};
+use crate::{guest_config, handlers, host, inventory, user_namespace, vm_size};
 use request::{for_a_vm, for_the_host, port_mappings, validate};
 
 /// How long a monitor may take to end its VM after all containers are dead.
@@ -198,6 +198,7 @@ impl Daemon {
                     &config,
                     &network.ips,
                     huge_pages,
+                    user_namespace::of_pod(&config)?,
                 )),
                 network: Some(guest_config::network(network)),
             },

@@ -4,6 +4,7 @@ use podvisor_network::{PortMapping, Protocol};
 use podvisor_proto::cri;
 
 use crate::error::{Error, Result};
+use crate::user_namespace;
 
 /// The pod's ports.
 ///
@@ -83,7 +84,7 @@ fn namespace_options(config: &cri::PodSandboxConfig) -> cri::NamespaceOption {
 /// Refuses what a VM cannot give.
 ///
 /// # Errors
-/// FAILED_PRECONDITION, UNIMPLEMENTED.
+/// FAILED_PRECONDITION; INVALID_ARGUMENT for user namespaces that the CRI does not have.
 pub fn for_a_vm(config: &cri::PodSandboxConfig) -> Result<()> {
     let options = namespace_options(config);
     for (field, mode, what) in [
@@ -97,15 +98,21 @@ pub fn for_a_vm(config: &cri::PodSandboxConfig) -> Result<()> {
             )));
         }
     }
-    user_namespace(&options.userns_options.unwrap_or_default())
+    user_namespace::of_pod(config).map(drop)
 }
 
 /// Refuses what pods on the host do not have.
 ///
 /// # Errors
-/// UNIMPLEMENTED.
+/// UNIMPLEMENTED; INVALID_ARGUMENT for user namespaces that the CRI does not have.
 pub fn for_the_host(config: &cri::PodSandboxConfig) -> Result<()> {
-    user_namespace(&namespace_options(config).userns_options.unwrap_or_default())
+    match user_namespace::of_pod(config)? {
+        None => Ok(()),
+        Some(_) => Err(Error::Unsupported {
+            field: "config.linux.security_context.namespace_options.userns_options",
+            what: "a user namespace on the host".into(),
+        }),
+    }
 }
 
 /// Sysctls of the namespaces that a pod has of its own, as runc knows them: ipc, network, and of uts the
@@ -145,46 +152,6 @@ fn sysctl(name: &str, value: &str) -> Result<()> {
         return invalid(format!("{name}: {value:?} is no value"));
     }
     Ok(())
-}
-
-/// Refuses what the CRI does not have, then what is not there yet.
-fn user_namespace(users: &cri::UserNamespace) -> Result<()> {
-    let invalid = |problem: String| {
-        Err(Error::Invalid {
-            field: "config.linux.security_context.namespace_options.userns_options",
-            problem,
-        })
-    };
-    let mapped = !users.uids.is_empty() || !users.gids.is_empty();
-    match users.mode() {
-        cri::NamespaceMode::Pod if !mapped => return Ok(()),
-        cri::NamespaceMode::Pod => {}
-        cri::NamespaceMode::Node if mapped => return invalid("mode NODE has no mappings".into()),
-        cri::NamespaceMode::Node => return Ok(()),
-        mode => {
-            return invalid(format!(
-                "the mode is POD or NODE, not {}",
-                mode.as_str_name()
-            ));
-        }
-    }
-    for (field, mappings) in [("uids", &users.uids), ("gids", &users.gids)] {
-        match mappings.as_slice() {
-            [one] if one.container_id != 0 => {
-                return invalid(format!("{field}: id 0 is not mapped"));
-            }
-            [one] if one.length == 0 => return invalid(format!("{field}: nothing is mapped")),
-            [_] => {}
-            more => return invalid(format!("{field}: {} mappings, not one", more.len())),
-        }
-    }
-    if users.uids != users.gids {
-        return invalid("uids and gids are mapped differently".into());
-    }
-    Err(Error::Unsupported {
-        field: "config.linux.security_context.namespace_options.userns_options",
-        what: "a user namespace".into(),
-    })
 }
 
 #[cfg(test)]
@@ -267,34 +234,35 @@ mod tests {
     }
 
     #[test]
-    fn mappings_of_users_are_checked() {
-        let map = |container_id, length| cri::IdMapping {
+    fn a_user_namespace_needs_a_vm() {
+        let ids = vec![cri::IdMapping {
             host_id: 100_000,
-            container_id,
-            length,
+            container_id: 0,
+            length: 65536,
+        }];
+        let users = cri::UserNamespace {
+            mode: cri::NamespaceMode::Pod as i32,
+            uids: ids.clone(),
+            gids: ids,
         };
-        let with = |mode: cri::NamespaceMode, ids: Vec<cri::IdMapping>| {
-            user_namespace(&cri::UserNamespace {
-                mode: mode as i32,
-                uids: ids.clone(),
-                gids: ids,
-            })
-        };
-        use cri::NamespaceMode::{Container, Node, Pod, Target};
-        with(Pod, vec![]).unwrap();
-        with(Node, vec![]).unwrap();
-        let good = with(Pod, vec![map(0, 65536)]).unwrap_err();
-        assert!(matches!(good, Error::Unsupported { .. }), "{good}");
-        for bad in [
-            with(Pod, vec![map(0, 1000), map(1000, 1000)]),
-            with(Pod, vec![map(1, 65536)]),
-            with(Pod, vec![map(0, 0)]),
-            with(Node, vec![map(0, 65536)]),
-            with(Container, vec![map(0, 65536)]),
-            with(Target, vec![]),
-        ] {
-            assert!(matches!(bad, Err(Error::Invalid { .. })), "{bad:?}");
-        }
+        let mut config = valid();
+        config.linux = Some(cri::LinuxPodSandboxConfig {
+            security_context: Some(cri::LinuxSandboxSecurityContext {
+                namespace_options: Some(cri::NamespaceOption {
+                    userns_options: Some(users),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        for_a_vm(&config).unwrap();
+        let refused = for_the_host(&config);
+        assert!(
+            matches!(refused, Err(Error::Unsupported { .. })),
+            "{refused:?}"
+        );
+        for_the_host(&valid()).unwrap();
     }
 
     #[test]

@@ -48,12 +48,17 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
                 .map(|error| ("NetworkPluginNotReady", error.to_string())),
         ),
     ];
+    let features = |in_vm: bool| cri::RuntimeHandlerFeatures {
+        recursive_read_only_mounts: true,
+        user_namespaces: in_vm,
+    };
     let handler = |name: &str| cri::RuntimeHandler {
         name: name.into(),
-        features: Some(cri::RuntimeHandlerFeatures {
-            recursive_read_only_mounts: true,
-            ..Default::default()
-        }),
+        features: Some(features(handlers::is_vm(name))),
+    };
+    let default = cri::RuntimeHandler {
+        name: String::new(),
+        features: Some(features(handlers::is_vm(&daemon.config.default_handler))),
     };
     // A handler whose OCI runtime is not installed would be a promise to the scheduler.
     let usable = |name: &&str| handlers::runtime(&daemon.config, name).is_ok();
@@ -86,7 +91,7 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
     cri::StatusResponse {
         status: Some(cri::RuntimeStatus { conditions }),
         info,
-        runtime_handlers: std::iter::once(handler("")).chain(named).collect(),
+        runtime_handlers: std::iter::once(default).chain(named).collect(),
         features: Some(cri::RuntimeFeatures {
             // The agent resolves groups by both policies.
             supplemental_groups_policy: true,

@@ -23,6 +23,7 @@ use podvisor_proto::{agent, cri};
 
 use crate::error::{Error, Result};
 use crate::host::HostPod;
+use crate::user_namespace;
 use confinement::Confinement;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -94,7 +95,10 @@ pub fn build(
         Some(_) => confinement::on_host(&security)?,
     };
     let namespaces = match surroundings.host_pod {
-        None => namespaces::of(&security, surroundings.target)?,
+        None => {
+            let users = user_namespace::of_pod(surroundings.sandbox)?;
+            namespaces::of(&security, users.as_ref(), surroundings.target)?
+        }
         Some(host_pod) => namespaces::on_host(&security, surroundings.target, host_pod)?,
     };
     let image = surroundings.image.config().clone().unwrap_or_default();

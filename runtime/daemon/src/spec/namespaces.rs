@@ -8,6 +8,7 @@ use podvisor_proto::cri::{self, NamespaceMode};
 use super::build_error;
 use crate::error::{Error, Result};
 use crate::host::HostPod;
+use crate::user_namespace;
 
 /// Namespace path that the agent replaces by the pod's own.
 const POD: &str = "pod";
@@ -15,24 +16,20 @@ const POD: &str = "pod";
 /// Namespace path, before an id, that the agent replaces by that container's own.
 const CONTAINER: &str = "container:";
 
-/// The namespaces. `target`: the container whose processes this one sees, when its pid mode is TARGET.
+/// The namespaces. `users`: the pod's map of users, if it has a user namespace. `target`: the container whose processes
+/// this one sees, when its pid mode is TARGET.
 ///
 /// # Errors
 /// FAILED_PRECONDITION for what only the host has, INVALID_ARGUMENT for modes that the CRI does not have.
 pub fn of(
     security: &cri::LinuxContainerSecurityContext,
+    users: Option<&cri::IdMapping>,
     target: Option<&str>,
 ) -> Result<Vec<LinuxNamespace>> {
     let options = security.namespace_options.clone().unwrap_or_default();
     pod_level("network", options.network(), "the host's network")?;
     pod_level("ipc", options.ipc(), "the host's IPC objects")?;
-    let users = options.userns_options.clone().unwrap_or_default();
-    if !users.uids.is_empty() || !users.gids.is_empty() {
-        return Err(Error::Unsupported {
-            field: "config.linux.security_context.namespace_options.userns_options",
-            what: "a user namespace".into(),
-        });
-    }
+    user_namespace::check_container(&options, users)?;
     let pids = match (options.pid(), target) {
         (NamespaceMode::Pod, _) => Some(POD.to_owned()),
         (NamespaceMode::Container, _) => None,
@@ -41,35 +38,38 @@ pub fn of(
         (NamespaceMode::Target, None) => return Err(no_target()),
     };
     let pod = || Some(POD.to_owned());
-    [
+    let mut namespaces = vec![
         (LinuxNamespaceType::Mount, None),
         (LinuxNamespaceType::Pid, pids),
         (LinuxNamespaceType::Ipc, pod()),
         (LinuxNamespaceType::Uts, pod()),
         (LinuxNamespaceType::Cgroup, None),
-    ]
-    .into_iter()
-    .map(|(kind, path)| namespace(kind, path.map(PathBuf::from)))
-    .collect()
+    ];
+    if users.is_some() {
+        // The user namespace owns the pod's network; without, the pod's is the guest's.
+        namespaces.extend([
+            (LinuxNamespaceType::User, pod()),
+            (LinuxNamespaceType::Network, pod()),
+        ]);
+    }
+    namespaces
+        .into_iter()
+        .map(|(kind, path)| namespace(kind, path.map(PathBuf::from)))
+        .collect()
 }
 
 /// The namespaces of a container on the host: those of its pod, or the host's.
 ///
 /// # Errors
-/// INVALID_ARGUMENT: modes that the CRI does not have, UNIMPLEMENTED: user namespaces.
+/// INVALID_ARGUMENT: modes that the CRI does not have, a user namespace that is not the pod's.
 pub fn on_host(
     security: &cri::LinuxContainerSecurityContext,
     target: Option<&str>,
     host_pod: &HostPod,
 ) -> Result<Vec<LinuxNamespace>> {
     let options = security.namespace_options.clone().unwrap_or_default();
-    let users = options.userns_options.clone().unwrap_or_default();
-    if !users.uids.is_empty() || !users.gids.is_empty() {
-        return Err(Error::Unsupported {
-            field: "config.linux.security_context.namespace_options.userns_options",
-            what: "a user namespace on the host".into(),
-        });
-    }
+    // Its pod has none: [`crate::sandbox`] has seen to that.
+    user_namespace::check_container(&options, None)?;
     let mut wanted = vec![
         (LinuxNamespaceType::Mount, None),
         (LinuxNamespaceType::Cgroup, None),
@@ -148,7 +148,7 @@ mod tests {
                 namespace_options: Some(options),
                 ..Default::default()
             };
-            of(&context, Some("abc")).map(|list| {
+            of(&context, None, Some("abc")).map(|list| {
                 let pid = list.iter().find(|n| n.typ() == LinuxNamespaceType::Pid);
                 pid.unwrap().path().clone()
             })

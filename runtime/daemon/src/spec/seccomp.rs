@@ -1,8 +1,10 @@
 //! The container's system call filter: the runtime's default, a profile of the node, or none.
 //!
 //! A profile is OCI's `linux.seccomp` with the additions that Docker's and Podman's files have: rules that
-//! depend on capabilities, and `archMap`. What comes out is OCI's, with nothing left to decide; the agent
-//! compiles it.
+//! depend on capabilities, and `archMap`. What comes out is OCI's, with nothing left to decide. For a container in a
+//! VM, [`filter`] compiles it.
+
+mod filter;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -13,8 +15,9 @@ use std::sync::LazyLock;
 
 use oci_spec::runtime::{
     Arch, Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompBuilder,
-    LinuxSeccompFilterFlag, LinuxSyscall, LinuxSyscallBuilder,
+    LinuxSeccompFilterFlag, LinuxSyscall, LinuxSyscallBuilder, Spec,
 };
+use podvisor_proto::agent::SeccompFilter;
 use podvisor_proto::cri::{self, security_profile::ProfileType};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -115,6 +118,25 @@ pub async fn profile(security: &cri::LinuxContainerSecurityContext) -> Result<Op
     }
 }
 
+/// Takes the profile out of a spec, compiled.
+///
+/// # Errors
+/// INVALID_ARGUMENT: it contradicts itself, or is too large for the kernel.
+pub async fn take_filter(spec: &mut Spec) -> Result<Option<SeccompFilter>> {
+    let linux = spec.linux_mut().as_mut();
+    let Some(profile) = linux.and_then(|linux| linux.seccomp_mut().take()) else {
+        return Ok(None);
+    };
+    tokio::task::spawn_blocking(move || filter::compile(&profile))
+        .await
+        .map_err(|_| Error::Cancelled)?
+        .map(Some)
+        .map_err(|error| Error::Invalid {
+            field: "config.linux.security_context.seccomp",
+            problem: error.to_string(),
+        })
+}
+
 /// What the field says that came before `seccomp`. Neither field: unconfined.
 #[allow(deprecated)]
 fn deprecated(security: &cri::LinuxContainerSecurityContext) -> Result<(ProfileType, String)> {
@@ -167,7 +189,7 @@ fn read(path: &str) -> io::Result<Vec<u8>> {
 }
 
 impl Profile {
-    /// What can be seen without a kernel. The agent's compiler sees the rest.
+    /// What can be seen at once. The compiler sees the rest.
     fn check(&self) -> Result<(), String> {
         let actions = self
             .syscalls

@@ -8,11 +8,13 @@
 //! - here: what CreateContainer asks for, checked
 //! - [`source`]: the host's file, opened and cloned as a mount
 //! - [`lifecycle`]: when all of this happens
+//! - [`id_map`]: files that have other owners in the pod
 //! - [`block`]: block devices of the node
 //! - [`server`]: podvisor-fs, and what is mounted there
 //! - [`mount`]: system calls
 
 mod block;
+mod id_map;
 mod lifecycle;
 mod mount;
 mod server;
@@ -27,6 +29,7 @@ use tonic::Code;
 use crate::error::{Error, Result};
 
 pub use block::{BlockDevice, open_devices};
+pub use id_map::IdMap;
 pub use lifecycle::open;
 pub use server::FsServer;
 pub use source::Source;
@@ -54,6 +57,8 @@ pub struct Volume {
     pub recursive: bool,
     /// Of what is mounted below it later.
     pub propagation: Propagation,
+    /// Its files have other owners than on the host, if so.
+    pub ids: Option<IdMap>,
 }
 
 /// Who sees what is mounted below a volume later.
@@ -99,11 +104,15 @@ pub struct Volumes {
     pub images: Vec<ImageVolume>,
 }
 
-/// The volumes that a container asks for.
+/// The volumes that a container asks for. `users`: the map of its pod's user namespace, if it has one.
 ///
 /// # Errors
 /// What contradicts the CRI, or cannot be `in_vm`, with the field's path.
-pub fn parse(mounts: &[cri::Mount], in_vm: bool) -> Result<Volumes> {
+pub fn parse(
+    mounts: &[cri::Mount],
+    in_vm: bool,
+    users: Option<&cri::IdMapping>,
+) -> Result<Volumes> {
     if mounts.len() > MAX_VOLUMES {
         return Err(Error::Invalid {
             field: "config.mounts",
@@ -113,7 +122,10 @@ pub fn parse(mounts: &[cri::Mount], in_vm: bool) -> Result<Volumes> {
     let mut volumes = Volumes::default();
     for (index, mount) in mounts.iter().enumerate() {
         match &mount.image {
-            Some(image) => volumes.images.push(parse_image(index, mount, image)?),
+            Some(image) => {
+                let volume = parse_image(index, mount, image, users)?;
+                volumes.images.push(volume);
+            }
             None => volumes.host.push(parse_host(index, mount, in_vm)?),
         }
     }
@@ -141,7 +153,12 @@ fn container_path(index: usize, mount: &cri::Mount) -> Result<PathBuf> {
     }
 }
 
-fn parse_image(index: usize, mount: &cri::Mount, image: &cri::ImageSpec) -> Result<ImageVolume> {
+fn parse_image(
+    index: usize,
+    mount: &cri::Mount,
+    image: &cri::ImageSpec,
+    users: Option<&cri::IdMapping>,
+) -> Result<ImageVolume> {
     let invalid = |field, problem| refuse(index, Code::InvalidArgument, field, problem);
     if !mount.host_path.is_empty() {
         return invalid("host_path", "set together with image");
@@ -154,6 +171,15 @@ fn parse_image(index: usize, mount: &cri::Mount, image: &cri::ImageSpec) -> Resu
     }
     if mount.propagation() != cri::MountPropagation::PropagationPrivate {
         return invalid("propagation", "of an image");
+    }
+    for (field, mappings) in [
+        ("uidMappings", &mount.uid_mappings),
+        ("gidMappings", &mount.gid_mappings),
+    ] {
+        // An image's layers are mounted once for all containers of a pod.
+        if !mappings.is_empty() && mappings.iter().ne(users) {
+            return invalid(field, "of an image: other ids than the pod's");
+        }
     }
     let sub_path = Path::new(&mount.image_sub_path);
     let is_inside = sub_path
@@ -173,8 +199,12 @@ fn parse_image(index: usize, mount: &cri::Mount, image: &cri::ImageSpec) -> Resu
 fn parse_host(index: usize, mount: &cri::Mount, in_vm: bool) -> Result<Volume> {
     let refuse = |code, field, problem: &str| refuse(index, code, field, problem);
     let invalid = |field, problem: &str| refuse(Code::InvalidArgument, field, problem);
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return refuse(Code::Unimplemented, "uidMappings", "an id-mapped volume");
+    let ids = match IdMap::parse(mount) {
+        Ok(ids) => ids,
+        Err((field, problem)) => return invalid(field, problem),
+    };
+    if ids.is_some() && !in_vm {
+        return refuse(Code::Unimplemented, "uidMappings", "of a pod on the host");
     }
     let container_path = container_path(index, mount)?;
     let host_path = match absolute(&mount.host_path) {
@@ -211,6 +241,7 @@ fn parse_host(index: usize, mount: &cri::Mount, in_vm: bool) -> Result<Volume> {
         read_only: mount.readonly,
         recursive: mount.recursive_read_only,
         propagation,
+        ids,
     })
 }
 

@@ -34,18 +34,35 @@ pub fn set(
         propagation,
         userns_fd: 0,
     };
-    let mut flags = libc::AT_EMPTY_PATH;
-    if recursive {
-        flags |= libc::AT_RECURSIVE;
-    }
+    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+    change_attributes(mount, &change, flags)
+}
+
+/// Shows the ids of a mount's files as a user namespace maps them, and stores those of new ones the other way round. The mount
+/// must be nowhere yet; those below it stay as they are.
+pub fn map_ids(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let change = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: user_namespace.as_raw_fd() as u64,
+    };
+    change_attributes(mount, &change, 0)
+}
+
+fn change_attributes(
+    mount: BorrowedFd<'_>,
+    change: &libc::mount_attr,
+    flags: libc::c_int,
+) -> io::Result<()> {
     // SAFETY: a descriptor, a string, and a structure with its size.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             mount.as_raw_fd(),
             c"".as_ptr(),
-            flags,
-            &raw const change,
+            flags | libc::AT_EMPTY_PATH,
+            &raw const *change,
             size_of::<libc::mount_attr>(),
         )
     };

@@ -52,6 +52,10 @@ impl Source {
         if volume.read_only {
             mount::set(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, volume.recursive)?;
         }
+        if let Some(ids) = &volume.ids {
+            ids.apply(tree.as_fd())
+                .map_err(|error| io::Error::other(format!("cannot map ids: {error}")))?;
+        }
         let writable_below = if volume.read_only && !volume.recursive {
             mounts_below(&std::fs::read_link(format!(
                 "/proc/self/fd/{}",
@@ -92,6 +96,7 @@ mod tests {
             read_only: true,
             recursive: false,
             propagation: Propagation::Private,
+            ids: None,
         }
     }
 

@@ -11,13 +11,13 @@ fn mount() -> cri::Mount {
 fn refused(change: impl FnOnce(&mut cri::Mount)) -> (Code, String) {
     let mut mounts = [mount(), mount()];
     change(&mut mounts[1]);
-    let error = parse(&mounts, true).expect_err("refused");
+    let error = parse(&mounts, true, None).expect_err("refused");
     (error.code(), error.to_string())
 }
 
 #[test]
 fn paths_lose_what_means_nothing() {
-    let volumes = parse(&[mount()], true).expect("fine").host;
+    let volumes = parse(&[mount()], true, None).expect("fine").host;
     assert_eq!(volumes[0].container_path, Path::new("/data"));
     assert_eq!(volumes[0].host_path, Path::new("/var/lib/x"));
     assert!(
@@ -98,7 +98,7 @@ fn inner_mounts_come_after_outer_ones() {
         is_directory: true,
         writable_below: vec!["sub/mount".into()],
     };
-    let volumes = parse(&mounts, true).expect("fine").host.into_iter();
+    let volumes = parse(&mounts, true, None).expect("fine").host.into_iter();
     let volumes: Vec<_> = volumes.map(|volume| (volume, source())).collect();
     let mounts = spec_mounts("c0ffee", &volumes, &[]).expect("mounts");
     let destinations: Vec<_> = mounts.iter().map(Mount::destination).collect();

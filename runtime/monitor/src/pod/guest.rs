@@ -154,13 +154,20 @@ impl Guest {
         let mut sandbox = request.sandbox.unwrap_or_default();
         sandbox.scratch = Some(self.scratch);
         sandbox.time_ns = now_ns();
+        // The network namespace that a user namespace owns comes with the sandbox.
+        let in_turn = sandbox.user_namespace.is_some();
         let network = async {
             match request.network {
                 Some(network) => agent.configure_network(network).await,
                 None => Ok(()),
             }
         };
-        tokio::try_join!(agent.configure_sandbox(sandbox), network)?;
+        if in_turn {
+            agent.configure_sandbox(sandbox).await?;
+            network.await?;
+        } else {
+            tokio::try_join!(agent.configure_sandbox(sandbox), network)?;
+        }
         Ok(())
     }
 
@@ -203,6 +210,7 @@ impl Guest {
                     .collect(),
                 block_devices: block_devices.clone(),
                 guest_devices: request.guest_devices,
+                seccomp: request.seccomp.clone(),
             })
             .await;
         match created {
