@@ -168,6 +168,8 @@ mod tests {
     async fn orphans_are_reaped_and_awaited_children_are_not() {
         let children = Children::adopt().unwrap();
         let reaping = tokio::spawn(children.clone().reap_orphans());
+        // Reaped by its number.
+        #[allow(clippy::zombie_processes)]
         let awaited = Command::new("sh").args(["-c", "exit 5"]).spawn().unwrap();
         let _kept = children.awaited(awaited.id());
         // An orphan: its parent ends at once.

@@ -116,6 +116,8 @@ mod tests {
 
     use super::*;
 
+    // Children are reaped by their numbers.
+    #[allow(clippy::zombie_processes)]
     #[tokio::test]
     async fn exits_have_codes() {
         for (script, code) in [("exit 3", 3), ("kill -9 $$", 137), ("kill -40 $$", 168)] {
@@ -126,6 +128,7 @@ mod tests {
         }
     }
 
+    #[allow(clippy::zombie_processes)]
     #[tokio::test]
     async fn a_group_is_killed() {
         use std::os::unix::process::CommandExt;

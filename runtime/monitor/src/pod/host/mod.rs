@@ -131,8 +131,8 @@ impl HostContainer {
 
     /// Lets the runtime forget the container, and kill what is left of it; once.
     async fn delete(&self, runtime: &Runtime, id: &str) -> Result<(), RuntimeError> {
-        let deleted = self.deleted.get_or_try_init(|| runtime.delete(id)).await;
-        deleted.map(|_| ())
+        self.deleted.get_or_try_init(|| runtime.delete(id)).await?;
+        Ok(())
     }
 }
 
