@@ -204,7 +204,8 @@ fn logs_can_be_followed() {
 #[test]
 fn a_log_is_rotated() {
     let (daemon, pod, id) = with_pod("rotate");
-    let script = "i=0; while [ ! -e /stop ]; do i=$((i+1)); echo $i; sleep 0.01; done; echo end";
+    // With the container's end, the command that asks for it would be killed.
+    let script = "i=0; while [ ! -e /stop ]; do i=$((i+1)); echo $i; sleep 0.01; done; echo end; exec sleep 1000";
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), script));
     let (log, old) = (pod.log("c"), pod.log_dir.join("c.log.1"));
     logs::wait_for(&log, "20");
@@ -219,7 +220,7 @@ fn a_log_is_rotated() {
     assert!(log.exists(), "it is there at once");
     let before = logs::stdout(&old);
     daemon.exec(&container, &["touch", "/stop"]);
-    daemon.cri().wait_exit(&container);
+    logs::wait_for(&log, "end");
     assert_eq!(
         logs::stdout(&old),
         before,

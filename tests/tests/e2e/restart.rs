@@ -14,8 +14,9 @@ use podvisor_tests::{eventually, logs};
 use serde_json::json;
 use tonic::Code;
 
-/// Counts lines, for ever, until told.
-const COUNTS: &str = "i=0; while [ ! -e /stop ]; do i=$((i+1)); echo $i; done; echo end";
+/// Counts lines, for ever, until told. It stays then: with the container's end, the command that tells it would be killed.
+const COUNTS: &str =
+    "i=0; while [ ! -e /stop ]; do i=$((i+1)); echo $i; done; echo end; exec sleep 1000";
 
 #[test]
 fn a_killed_daemon_comes_back_to_its_pods() {
@@ -72,7 +73,7 @@ fn a_killed_daemon_comes_back_to_its_pods() {
     daemon.cri().wait_exit(&created);
     assert_eq!(logs::stdout(&pod.log("created")), ["late"]);
     daemon.exec(&counts, &["touch", "/stop"]);
-    daemon.cri().wait_exit(&counts);
+    logs::wait_for(&pod.log("counts"), "end");
     let mut lines = logs::stdout(&pod.log("counts"));
     assert_eq!(lines.pop().as_deref(), Some("end"));
     logs::assert_same(&lines, &logs::seq(lines.len()));
