@@ -9,7 +9,7 @@ use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 use std::time::Duration;
 
 use podvisor_vmm::qemu::{Accel, QemuConfig, TscMeter};
@@ -61,6 +61,15 @@ pub struct Guest {
     pub console: std::io::PipeReader,
 }
 
+/// When glibc first gives memory of a thread's back, it opens a file to see whether it may (malloc/arena.c,
+/// `check_may_shrink_heap`), which a confined thread must not. A monitor has one arena, which is no thread's; here
+/// this makes it look before.
+fn settle_malloc() {
+    static ONCE: Once = Once::new();
+    let many_small_pieces = || drop(vec![vec![1_u8; 4096].into_boxed_slice(); 1024]);
+    ONCE.call_once(|| std::thread::spawn(many_small_pieces).join().unwrap());
+}
+
 impl Guest {
     /// Boots a VM. `None`: a prerequisite is not there.
     pub async fn boot() -> Option<Self> {
@@ -76,6 +85,7 @@ impl Guest {
     pub async fn boot_on(backend: Backend, change: impl FnOnce(&mut VmConfig)) -> Option<Self> {
         let kernel = prerequisites()?;
         podvisor_vmm::seccomp::report_violations();
+        settle_malloc();
         // Shown when a test fails. There may be one already: another test's.
         let _ = tracing_subscriber::fmt()
             .with_env_filter("podvisor_vmm=debug")
