@@ -15,6 +15,7 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::mount::MsFlags;
 use podvisor_oci::rootfs::Layer;
@@ -67,7 +68,7 @@ pub fn layers(image: &podvisor_image::Image) -> Vec<Layer> {
         .collect()
 }
 
-/// What a pod shares with the host, by its configuration.
+/// Whether a pod uses the host's network.
 pub fn shares_network(config: &cri::PodSandboxConfig) -> bool {
     Reason::HostNetwork.applies(config)
 }
@@ -112,7 +113,7 @@ impl Daemon {
     pub async fn mount_roots(&self, pod: &Pod, container_id: &str, roots: Roots) -> Result<()> {
         let bundle = self.bundle_dir(&pod.id, container_id);
         let writable = self.writable_dir(&pod.id).join(container_id);
-        let mounts = std::sync::Arc::clone(&self.layers);
+        let mounts = Arc::clone(&self.layers);
         blocking(move || {
             let target = bundle.join("rootfs");
             mounts
@@ -159,7 +160,7 @@ impl Daemon {
                 }
             }
         }
-        let mounts = std::sync::Arc::clone(&self.layers);
+        let mounts = Arc::clone(&self.layers);
         blocking(move || mounts.keep(&used).map_err(Error::io("unmounting layers"))).await
     }
 
@@ -203,26 +204,20 @@ pub fn prepare(host_pod: &HostPod, dir: &Path, writable: &Path) -> io::Result<()
 /// # Errors
 /// Something is left; nothing that is mounted is ever deleted.
 pub fn remove_mounted(dir: &Path) -> Result<()> {
-    let unmount = || -> io::Result<()> {
-        // Mounts are named by where they really are.
-        let real = match fs::canonicalize(dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            real => real?,
-        };
-        let mounts = mountinfo::read()?;
-        let below = mounts
-            .iter()
-            .rev()
-            .filter(|mount| mount.point.starts_with(&real));
-        for mount in below {
-            podvisor_oci::mount::unmount(&mount.point)?;
-        }
-        Ok(())
+    // Mounts are named by where they really are.
+    let real = match fs::canonicalize(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        real => real.map_err(Error::io(dir.display().to_string()))?,
     };
-    unmount().map_err(Error::io(format!(
-        "unmounting what is in {}",
-        dir.display()
-    )))?;
+    let mounts = mountinfo::read().map_err(Error::io("the mount table"))?;
+    let below = mounts
+        .iter()
+        .rev()
+        .filter(|mount| mount.point.starts_with(&real));
+    for mount in below {
+        podvisor_oci::mount::unmount(&mount.point)
+            .map_err(Error::io(format!("unmounting {}", mount.point.display())))?;
+    }
     remove_tree(dir)
 }
 

@@ -47,12 +47,13 @@ impl Daemon {
     ) -> Result<String> {
         validate(&config)?;
         let decision = handlers::decide(&self.config, &config, &runtime_handler)?;
-        if handlers::is_vm(&decision.handler) {
+        let in_vm = handlers::is_vm(&decision.handler);
+        if in_vm {
             for_a_vm(&config)?;
         } else {
             for_the_host(&config)?;
         }
-        if !(decision.handler != handlers::PODVISOR && host::shares_network(&config)) {
+        if in_vm || !host::shares_network(&config) {
             self.cni.status().await?;
         }
         let id = ids::new_id()?;
