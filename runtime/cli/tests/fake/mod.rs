@@ -3,10 +3,12 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::{Arc, Condvar, Mutex};
 
 use futures_util::{StreamExt, stream};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use podvisor_proto::control::control_server::{Control, ControlServer};
 use podvisor_proto::cri::image_service_server::{ImageService, ImageServiceServer};
 use podvisor_proto::cri::runtime_service_server::{RuntimeService, RuntimeServiceServer};
@@ -47,6 +49,9 @@ struct Shared {
     calls: Mutex<Vec<String>>,
     called: Condvar,
     log: Mutex<PathBuf>,
+    /// The folder that the pod's podvisor-fs serves: a pipe here, which keeps its reader running.
+    shares: PathBuf,
+    volume_server: Mutex<Option<Child>>,
     /// `None` ends the monitor's stream.
     snapshots: watch::Sender<Option<monitor::Snapshot>>,
 }
@@ -55,18 +60,20 @@ impl Fake {
     pub fn serve(start: Start) -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("config.toml"), "").unwrap();
+        let monitor_dir = dir.path().join("sandboxes").join(POD);
+        fs::create_dir_all(&monitor_dir).unwrap();
         let shared = Arc::new(Shared {
             start,
             calls: Mutex::default(),
             called: Condvar::new(),
             log: Mutex::default(),
+            shares: monitor_dir.join("shares"),
+            volume_server: Mutex::default(),
             snapshots: watch::Sender::new(Some(monitor::Snapshot {
                 monitor_pid: std::process::id(),
                 ..Default::default()
             })),
         });
-        let monitor_dir = dir.path().join("sandboxes").join(POD);
-        fs::create_dir_all(&monitor_dir).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -126,10 +133,28 @@ impl Fake {
     }
 }
 
+impl Drop for Fake {
+    fn drop(&mut self) {
+        if let Some(mut server) = self.shared.volume_server.lock().unwrap().take() {
+            server.kill().unwrap();
+            server.wait().unwrap();
+        }
+    }
+}
+
 impl Shared {
     fn call(&self, name: impl Into<String>) {
         self.calls.lock().unwrap().push(name.into());
         self.called.notify_all();
+    }
+
+    /// A process with the command line of the pod's podvisor-fs.
+    fn serve_volumes(&self) {
+        let mut server = self.volume_server.lock().unwrap();
+        if server.is_none() {
+            mkfifo(&self.shares, Mode::S_IRWXU).unwrap();
+            *server = Some(Command::new("cat").arg(&self.shares).spawn().unwrap());
+        }
     }
 
     fn write_log(&self) {
@@ -225,6 +250,9 @@ impl RuntimeService for Shared {
         let config = request.into_inner().config.unwrap();
         if !config.log_path.is_empty() {
             self.log.lock().unwrap().push(config.log_path);
+        }
+        if !config.mounts.is_empty() {
+            self.serve_volumes();
         }
         Ok(Response::new(cri::CreateContainerResponse {
             container_id: CONTAINER.into(),
