@@ -103,6 +103,8 @@ async fn a_paused_guest_does_nothing_until_it_is_resumed() {
         return;
     }
     let mut guest = Guest::boot().await.expect("prerequisites");
+    // A guest that has not yet heard that its connection was taken gives it up after two seconds.
+    assert_eq!(guest.command("cpus").await, "1");
     guest.vmm.pause().await.unwrap();
     guest.vmm.pause().await.unwrap();
     let answered = timeout(Duration::from_secs(3), guest.command("cpus")).await;

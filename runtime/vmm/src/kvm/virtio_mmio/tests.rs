@@ -82,7 +82,7 @@ impl VirtioDevice for Echo {
 /// The device on its bus.
 struct Rig {
     registers: VirtioMmio,
-    kicks: Vec<EventFd>,
+    kicks: Arc<[EventFd]>,
     interrupt: EventFd,
     stop: EventFd,
     memory: GuestMemoryMmap,
@@ -95,20 +95,25 @@ impl Rig {
         let device: Box<dyn VirtioDevice> = Box::new(Echo { config: 1 });
         let (commands, received) = mpsc::sync_channel(4);
         let (doorbell, interrupt, stop) = (eventfd(), eventfd(), eventfd());
-        let kicks = [eventfd(), eventfd()];
+        let kicks: Arc<[EventFd]> = [eventfd(), eventfd()].into();
         let link = DeviceLink {
             commands,
             doorbell: doorbell.try_clone().unwrap(),
         };
         let shared = Arc::new(Shared::new(device.as_ref(), interrupt.try_clone().unwrap()));
-        let registers = VirtioMmio::new(device.as_ref(), Arc::clone(&shared), link);
+        let registers = VirtioMmio::new(
+            device.as_ref(),
+            Arc::clone(&shared),
+            Arc::clone(&kicks),
+            link,
+        );
         let queues = [16, 8].map(|size| Queue::new(size).unwrap());
         let attached = Attached {
             name: "echo",
             served: Served::new("echo", device, queues.into()),
             commands: received,
             doorbell,
-            kicks: kicks.iter().map(|kick| kick.try_clone().unwrap()).collect(),
+            kicks: Arc::clone(&kicks),
             shared,
             broken: false,
         };
@@ -116,7 +121,7 @@ impl Rig {
         device_thread::start("echo", vec![attached], memory.clone(), ends).unwrap();
         Self {
             registers,
-            kicks: kicks.into(),
+            kicks,
             interrupt,
             stop,
             memory,
@@ -166,7 +171,7 @@ impl Rig {
         memory.write_slice(&[0; 16], at(0)).unwrap();
         let index: u16 = memory.read_obj(at(0x1002)).unwrap();
         memory.write_obj(index.wrapping_add(1), at(0x1002)).unwrap();
-        self.kicks[0].write(1).unwrap();
+        self.set(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
         self.wait_for_interrupt();
         let used: u16 = memory.read_obj(at(0x2002)).unwrap();
         assert_eq!(used, index.wrapping_add(1));
