@@ -86,8 +86,7 @@ fn next(server: &OwnedFd) -> (u64, Vec<u8>) {
 }
 
 fn reply(server: &OwnedFd, number: u64, payload: &[u8]) {
-    let mut message = out_header(0, number).to_vec();
-    message[..4].copy_from_slice(&((16 + payload.len()) as u32).to_ne_bytes());
+    let mut message = out_header(16 + payload.len(), 0, number).to_vec();
     message.extend(payload);
     send(server.as_raw_fd(), &message, MsgFlags::empty()).unwrap();
 }
