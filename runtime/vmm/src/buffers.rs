@@ -309,6 +309,10 @@ impl<'m> GuestSlices<'m> {
     /// # Errors
     /// As of `preadv2(2)`; `WouldBlock` where not all is there, and anything may have been read.
     pub fn fill_from_cache(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        // To preadv2, -1 is wherever the file's position is.
+        if i64::try_from(offset).is_err() {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         self.transfer_all(|slices, count, done| {
             // SAFETY: the slices are mapped and writable, the kernel writes only to them.
             unsafe {
@@ -316,7 +320,7 @@ impl<'m> GuestSlices<'m> {
                     file.as_raw_fd(),
                     slices,
                     count,
-                    offset.wrapping_add(done) as libc::off_t,
+                    (offset + done) as libc::off_t,
                     libc::RWF_NOWAIT,
                 )
             }

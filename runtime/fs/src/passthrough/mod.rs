@@ -34,7 +34,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::Mode;
-use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC};
 
 use host::Status;
 use nodes::{Identity, Node, Nodes, Place, Stamp};
@@ -247,8 +247,13 @@ impl Passthrough {
     }
 }
 
-/// File systems on disks that tell what is in the page cache (`RWF_NOWAIT`).
-const LOCAL: [FsType; 3] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC];
+/// File systems of this node alone. Those on disks tell what is in the page cache (`RWF_NOWAIT`).
+const LOCAL: [FsType; 4] = [
+    EXT4_SUPER_MAGIC,
+    XFS_SUPER_MAGIC,
+    BTRFS_SUPER_MAGIC,
+    TMPFS_MAGIC,
+];
 
 const PATH_ONLY: OFlag = OFlag::O_PATH
     .union(OFlag::O_NOFOLLOW)

@@ -59,8 +59,15 @@ impl Files {
         let file = self.get(transfer.handle)?;
         let header = room.take_front(OUT_HEADER_BYTES)?;
         room.truncate(transfer.length);
-        let read = room.fill_from_cache(file.as_fd(), transfer.offset).ok()?;
-        let length = OUT_HEADER_BYTES + read;
+        let (file, offset) = (file.as_fd(), transfer.offset);
+        let read = match room.fill_from_cache(file, offset) {
+            // Of those file systems that are handed over, the one that cannot tell has all in memory (tmpfs).
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                room.fill_from_file(file, offset)
+            }
+            result => result,
+        };
+        let length = OUT_HEADER_BYTES + read.ok()?;
         header.write(&out_header(length, 0, unique));
         Some(length as u32)
     }
