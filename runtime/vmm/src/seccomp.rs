@@ -5,6 +5,8 @@
 
 use std::io;
 
+use nix::sys::signal::{SigSet, Signal};
+
 /// A kind of thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Thread {
@@ -35,6 +37,10 @@ impl Thread {
 pub fn confine(thread: Thread) -> io::Result<()> {
     if thread != Thread::Main {
         drop_capabilities()?;
+        // A file that gets larger than it may is the guest's error, and not this process's end.
+        let mut signal = SigSet::empty();
+        signal.add(Signal::SIGXFSZ);
+        signal.thread_block()?;
     }
     /// Bytes of a `struct sock_filter`.
     const INSTRUCTION_BYTES: usize = 8;
@@ -121,7 +127,9 @@ extern "C" fn handle_violation(_: libc::c_int, info: *mut libc::siginfo_t, _: *m
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+
+    use nix::sys::resource::{Resource, setrlimit};
 
     use super::*;
 
@@ -139,6 +147,7 @@ mod tests {
                 let mut status = 0;
                 // SAFETY: `status` lives through the call.
                 assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                assert!(libc::WIFEXITED(status), "{status:#x}");
                 libc::WEXITSTATUS(status)
             }
         }
@@ -177,8 +186,21 @@ mod tests {
             let set_uid = std::fs::Permissions::from_mode(0o4755);
             file.set_permissions(set_uid).unwrap();
             confine(Thread::Device).unwrap();
-            std::os::unix::fs::FileExt::write_at(&file, b"x", 0).unwrap();
+            file.write_at(b"x", 0).unwrap();
             assert_eq!(file.metadata().unwrap().mode() & 0o7777, 0o755);
+        };
+        assert_eq!(in_child(work), 0);
+    }
+
+    #[test]
+    fn a_file_that_gets_too_large_is_an_error() {
+        let work = || {
+            let file = tempfile::tempfile().unwrap();
+            setrlimit(Resource::RLIMIT_FSIZE, 4096, 4096).unwrap();
+            confine(Thread::Device).unwrap();
+            assert_eq!(file.write_at(b"x", 4095).unwrap(), 1);
+            let error = file.write_at(b"x", 4096).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
         };
         assert_eq!(in_child(work), 0);
     }
