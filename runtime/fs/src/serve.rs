@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use fuse_backend_rs::abi::fuse_abi::AttrOut;
+use fuse_backend_rs::api::filesystem::{Context, FileSystem as _};
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
 use nix::errno::Errno;
@@ -40,6 +42,9 @@ const READ: u32 = 15;
 const WRITE: u32 = 16;
 const RELEASE: u32 = 18;
 const RELEASEDIR: u32 = 29;
+
+/// SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, LINK, CREATE: these change the directory that they name.
+const CHANGES: [u32; 7] = [6, 8, 9, 10, 11, 13, 35];
 
 /// As the error of a message, which in an answer is never positive: the file beside it is the one that the request
 /// `unique` reads or writes (runtime/vmm/src/devices/fs/protocol.rs).
@@ -147,18 +152,55 @@ fn answer_all(files: &Arc<Passthrough>, requests: &Requests) {
             }
             _ => {}
         }
+        let changes = CHANGES.contains(&u32_at(request, 4));
+        let directory = u64_at(request, 16);
         let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request));
-        let writer = FuseDevWriter::<()>::new(socket, answer);
+        let writer = FuseDevWriter::<()>::new(socket, &mut *answer).and_then(|mut writer| {
+            // What has been split off is not sent, unless it is an error.
+            if changes {
+                writer.split_at(0)
+            } else {
+                Ok(writer)
+            }
+        });
         let (Ok(reader), Ok(writer)) = (reader, writer) else {
             // Neither has a reason to.
             continue;
         };
         match server.handle_message(reader, Writer::FuseDev(writer), None, None) {
+            Ok(answered) if changes => {
+                if u32_at(answer, 4) == 0 {
+                    answer_change(files, &requests.socket, directory, &answer[..answered]);
+                }
+            }
             Ok(answered) if length + answered <= KEPT_BYTES => {}
             Ok(_) => patience = EpollTimeout::try_from(IDLE).unwrap_or(EpollTimeout::NONE),
             Err(_) => refuse(&requests.socket, unique),
         }
     }
+}
+
+/// Answers a request that has changed a directory. Between the answer's header and its rest are the directory's attributes,
+/// for which the guest asks next.
+fn answer_change(files: &Passthrough, socket: &OwnedFd, directory: u64, answer: &[u8]) {
+    let attributes = match files.getattr(&Context::default(), directory, None) {
+        Ok((attributes, valid)) => AttrOut {
+            attr_valid: valid.as_secs(),
+            attr_valid_nsec: valid.subsec_nanos(),
+            dummy: 0,
+            attr: attributes.into(),
+        },
+        // It is gone meanwhile. These are valid for no time.
+        Err(_) => AttrOut::default(),
+    };
+    // SAFETY: it is all numbers, without padding.
+    let attributes =
+        unsafe { std::slice::from_raw_parts((&raw const attributes).cast(), size_of::<AttrOut>()) };
+    let (header, rest) = answer.split_at(OUT_HEADER_BYTES);
+    let parts = [header, attributes, rest].map(IoSlice::new);
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    // When the other end is closed, the next receive says so.
+    let _ = sendmsg::<()>(socket.as_raw_fd(), &parts, &[], flags, None);
 }
 
 /// Gives the device the file that a request names, before its answer. When that fails, the device goes on without.

@@ -13,13 +13,15 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::directory::Directory;
 use super::files::Files;
 use super::handle::{FsHandle, Shared};
 use super::protocol::{
-    BATCH_FORGET, DESTROY, FORGET, Front, HANDED_OVER, Handle, IN_HEADER_BYTES, INIT, INTERRUPT,
-    OUT_HEADER_BYTES, READ, RELEASE, RELEASEDIR, SETATTR, WRITE, out_header, u32_at, u64_at,
+    ATTRIBUTES_BYTES, BATCH_FORGET, CHANGES, DESTROY, FORGET, Front, GETATTR, HANDED_OVER, Handle,
+    IN_HEADER_BYTES, INIT, INTERRUPT, OUT_HEADER_BYTES, READ, RELEASE, RELEASEDIR, SETATTR, WRITE,
+    out_header, u32_at, u64_at,
 };
-use super::requests::Requests;
+use super::requests::{Request, Requests};
 use crate::buffers::{ChainBuffers, GuestSlices, Room};
 use crate::device::{
     Chain, Counter, DeviceError, DeviceEvent, QueueRef, VirtioDevice, read_config_space,
@@ -64,6 +66,7 @@ pub struct FsDevice {
     blocked: bool,
     requests: Requests,
     files: Files,
+    directory: Directory,
     buffers: ChainBuffers,
     failed: Counter,
     direct: Counter,
@@ -89,6 +92,7 @@ impl FsDevice {
             blocked: false,
             requests: Requests::default(),
             files: Files::default(),
+            directory: Directory::default(),
             buffers: ChainBuffers::default(),
             failed: Counter::default(),
             direct: Counter::default(),
@@ -130,9 +134,10 @@ impl FsDevice {
         }
     }
 
-    /// Answers the request in a chain if it is about the contents of a file that is here. `None`: it is not.
-    fn transfer(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>) -> Option<u32> {
-        if self.files.is_empty() {
+    /// Answers the request in a chain if that can be done here: it is about the contents of a file, or a directory's
+    /// attributes, that are known. `None`: it cannot.
+    fn answer(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>) -> Option<u32> {
+        if self.files.is_empty() && !self.directory.is_known() {
             return None;
         }
         let (mut request, answer) = self.buffers.collect(memory, chain).ok()?;
@@ -144,6 +149,7 @@ impl FsDevice {
         let written = match front.opcode() {
             READ => self.files.read(transfer, unique, answer),
             WRITE => self.files.write(transfer, unique, request, answer),
+            GETATTR => self.directory.answer(front.node(), unique, answer),
             _ => None,
         }?;
         self.direct.fetch_add(1, Ordering::Relaxed);
@@ -157,7 +163,7 @@ impl FsDevice {
         chain: Chain<'_>,
         queue: u16,
     ) -> Result<Sent, DeviceError> {
-        if let Some(written) = self.transfer(memory, chain.clone()) {
+        if let Some(written) = self.answer(memory, chain.clone()) {
             return Ok(Sent::Done(written));
         }
         let head = chain.head_index();
@@ -188,11 +194,14 @@ impl FsDevice {
         let mut number = 0;
         if answered {
             let handle = is_transfer(&front).then(|| front.handle());
+            let directory = CHANGES.contains(&opcode).then(|| front.node());
+            let is_alone = self.requests.is_empty();
             // A chain that is given a second time while the first answer is awaited.
             number = self
                 .requests
-                .add(queue, head, unique, handle, room)
+                .add(queue, head, unique, (handle, directory), room)
                 .ok_or(virtio_queue::Error::InvalidChain)?;
+            self.directory.sent(opcode, is_alone.then_some(number));
         }
         // What the guest says of its length is not what counts.
         front.bytes[..4].copy_from_slice(&(length as u32).to_ne_bytes());
@@ -235,16 +244,20 @@ impl FsDevice {
                 let request = self.requests.get(number);
                 let room =
                     request.and_then(|request| request.room.slices(&mut self.buffers, memory).ok());
-                Ok((number, receive(socket, room, request.map(|r| r.unique))?))
+                Ok((number, receive(socket, room, request)?))
             });
             match received {
                 Ok((number, answer)) if answer.number == number => {
+                    let request = self.requests.get(number);
                     if let Some(file) = answer.file {
-                        let request = self.requests.get(number);
                         if let Some(handle) = request.and_then(|request| request.handle) {
                             self.files.add(handle, file);
                         }
                         continue;
+                    }
+                    let directory = request.and_then(|request| request.directory);
+                    if let (Some(node), Some(attributes)) = (directory, answer.attributes) {
+                        self.directory.received(number, node, attributes);
                     }
                     let Some((queue, head)) = self.requests.remove(number) else {
                         debug!("an answer to nothing");
@@ -280,6 +293,7 @@ impl FsDevice {
         self.socket = None;
         self.blocked = false;
         self.files.give_up(|_| true);
+        self.directory.clear();
         let mut used = 0;
         for (queue, head, request) in self.requests.take_all() {
             self.failed.fetch_add(1, Ordering::Relaxed);
@@ -411,12 +425,13 @@ impl VirtioDevice for FsDevice {
     fn reset(&mut self) {
         self.requests.clear();
         self.files.give_up(|_| true);
+        self.directory.clear();
     }
 
     fn counters(&self) -> Vec<(&'static str, Counter)> {
         vec![
             ("failed_requests", self.failed.clone()),
-            ("direct_transfers", self.direct.clone()),
+            ("direct_answers", self.direct.clone()),
         ]
     }
 }
@@ -452,11 +467,14 @@ fn give_up(files: &mut Files, requests: &mut Requests, front: &Front) {
 }
 
 /// A message that has been received.
+#[derive(Default)]
 struct Answer {
     /// The number that it says it is for.
     number: u64,
     /// Bytes that are in the room for it.
     written: u32,
+    /// What the request has changed is this now.
+    attributes: Option<[u8; ATTRIBUTES_BYTES]>,
     /// It is no answer yet: the request's open file is handed over.
     file: Option<OwnedFd>,
 }
@@ -470,56 +488,63 @@ fn next_number(socket: &OwnedFd) -> nix::Result<u64> {
     }
 }
 
-/// Receives the next message of the socket into a room, if there is one, and otherwise drops it. The guest finds
-/// `unique` as its number.
+/// Receives the next message of the socket into a request's room, if there is one, and otherwise drops it. The guest finds
+/// its own number in it.
 fn receive(
     socket: &OwnedFd,
     room: Option<GuestSlices<'_>>,
-    unique: Option<u64>,
+    request: Option<&Request>,
 ) -> nix::Result<Answer> {
-    let mut header = [0; OUT_HEADER_BYTES];
+    let mut bytes = [0; OUT_HEADER_BYTES + ATTRIBUTES_BYTES];
     let room = room.and_then(|mut room| Some((room.take_front(OUT_HEADER_BYTES)?, room)));
-    let Some((front, mut room)) = room else {
+    let (Some((front, mut room)), Some(request)) = (room, request) else {
         // What is not received of a message is dropped.
-        return match receive_bytes(socket, &mut header, MsgFlags::empty())? {
+        return match receive_bytes(socket, &mut bytes[..OUT_HEADER_BYTES], MsgFlags::empty())? {
             0 => Err(Errno::EPIPE),
             _ => Ok(Answer {
-                number: u64_at(&header, 8),
-                written: 0,
-                file: None,
+                number: u64_at(&bytes, 8),
+                ..Answer::default()
             }),
         };
     };
-    let length = match room.receive_message(socket.as_fd(), &mut header) {
-        Ok((_, Some(file))) if u32_at(&header, 4) as i32 == HANDED_OVER => {
-            return Ok(Answer {
-                number: u64_at(&header, 8),
-                written: 0,
-                file: Some(file),
-            });
+    // What is not the guest's.
+    let more = request.directory.map_or(0, |_| ATTRIBUTES_BYTES);
+    let received = room.receive_message(socket.as_fd(), &mut bytes[..OUT_HEADER_BYTES + more]);
+    let (header, attributes) = bytes.split_at_mut(OUT_HEADER_BYTES);
+    let answer = Answer {
+        number: u64_at(header, 8),
+        ..Answer::default()
+    };
+    let length = match received {
+        Ok((_, file @ Some(_))) if u32_at(header, 4) as i32 == HANDED_OVER => {
+            return Ok(Answer { file, ..answer });
         }
-        Ok((length @ OUT_HEADER_BYTES.., _)) => Some(length),
+        // An error has no more.
+        Ok((OUT_HEADER_BYTES, _)) => Some(OUT_HEADER_BYTES),
+        Ok((length @ OUT_HEADER_BYTES.., _)) => length.checked_sub(more),
         // Longer than the room: the rest is lost.
         Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => None,
         Err(error) => return Err(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
         Ok(_) => return Err(Errno::EPIPE),
     };
-    let number = u64_at(&header, 8);
-    let length = length.filter(|length| *length == u32_at(&header, 0) as usize);
-    let unique = unique.unwrap_or_default();
-    let written = if let Some(length) = length {
-        header[8..].copy_from_slice(&unique.to_ne_bytes());
-        front.write(&header);
-        length
-    } else {
+    let unique = request.unique;
+    let Some(length) = length.filter(|length| *length == u32_at(header, 0) as usize) else {
         debug!("an answer that cannot be");
         front.write(&out_header(OUT_HEADER_BYTES, libc::EIO, unique));
-        OUT_HEADER_BYTES
+        return Ok(Answer {
+            written: OUT_HEADER_BYTES as u32,
+            ..answer
+        });
     };
+    header[8..].copy_from_slice(&unique.to_ne_bytes());
+    front.write(header);
+    let is_error = header[4..8] != [0; 4];
     Ok(Answer {
-        number,
-        written: written as u32,
-        file: None,
+        written: length as u32,
+        attributes: (more > 0 && !is_error)
+            .then(|| attributes.try_into().ok())
+            .flatten(),
+        ..answer
     })
 }
 

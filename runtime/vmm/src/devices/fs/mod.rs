@@ -8,12 +8,14 @@
 //! - `device`: [`FsDevice`]
 //! - `requests`: what is on its way: which chain an answer belongs to
 //! - `files`: what was handed over
+//! - `directory`: what the guest asks next when it has changed a directory
 //! - `protocol`: what is looked at of a message
 //! - `handle`: [`FsHandle`], through which the socket comes, whenever that is
 //!
 //! Until there is a socket, and after its other end is closed, requests are answered with `ENOTCONN`.
 
 mod device;
+mod directory;
 mod files;
 mod handle;
 mod protocol;

@@ -1,7 +1,9 @@
 //! As much of FUSE as it takes to move its messages, and the contents of files (linux/fuse.h).
 
 /// `enum fuse_opcode`.
+pub(super) const LOOKUP: u32 = 1;
 pub(super) const FORGET: u32 = 2;
+pub(super) const GETATTR: u32 = 3;
 pub(super) const SETATTR: u32 = 4;
 pub(super) const READ: u32 = 15;
 pub(super) const WRITE: u32 = 16;
@@ -12,6 +14,14 @@ pub(super) const INTERRUPT: u32 = 36;
 pub(super) const DESTROY: u32 = 38;
 pub(super) const BATCH_FORGET: u32 = 42;
 
+/// SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, LINK, CREATE: these change the directory that they name. To what has succeeded
+/// podvisor-fs answers with the attributes that the directory has then, as to a GETATTR, between the answer's header and
+/// its rest; the header does not count them.
+pub(super) const CHANGES: [u32; 7] = [6, 8, 9, 10, 11, 13, 35];
+
+/// These change nothing that can be seen of a directory.
+pub(super) const CHANGES_NOTHING: [u32; 4] = [LOOKUP, FORGET, GETATTR, BATCH_FORGET];
+
 /// Set in `fuse_setattr_in.valid`: the mode changes.
 const FATTR_MODE: u32 = 1;
 
@@ -21,7 +31,9 @@ pub(super) const IN_HEADER_BYTES: usize = 40;
 pub(super) const ARGUMENTS_BYTES: usize = 40;
 /// `struct fuse_out_header`.
 pub(super) const OUT_HEADER_BYTES: usize = 16;
-/// The same, with `struct fuse_write_out`.
+/// `struct fuse_attr_out`.
+pub(super) const ATTRIBUTES_BYTES: usize = 104;
+/// The header with `struct fuse_write_out`.
 pub(super) const WRITTEN_BYTES: usize = OUT_HEADER_BYTES + 8;
 
 /// What a message with this as its `error`, which is never positive in an answer, and with a file beside it says: this is

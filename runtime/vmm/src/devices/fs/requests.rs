@@ -17,6 +17,8 @@ pub(super) struct Request {
     pub(super) unique: u64,
     /// The open file that it reads or writes, as long as that may be handed over.
     pub(super) handle: Option<Handle>,
+    /// The directory that it changes.
+    pub(super) directory: Option<u64>,
     /// Tells it from one that had the same chain before.
     serial: u32,
 }
@@ -46,7 +48,7 @@ impl Requests {
         queue: u16,
         head: u16,
         unique: u64,
-        handle: Option<Handle>,
+        (handle, directory): (Option<Handle>, Option<u64>),
         room: Room,
     ) -> Option<u64> {
         if self.waiting.contains_key(&(queue, head)) {
@@ -58,6 +60,7 @@ impl Requests {
             room,
             unique,
             handle,
+            directory,
             serial,
         };
         self.waiting.insert((queue, head), request);

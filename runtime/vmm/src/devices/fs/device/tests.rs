@@ -1,3 +1,4 @@
+mod directory;
 mod files;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, send, socketpair};
@@ -10,7 +11,6 @@ use crate::test_queue::{Part, TestQueue};
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const REQUEST: u64 = 0x4000;
 const ANSWER: u64 = 0x8000;
-const GETATTR: u32 = 3;
 
 /// A device with a guest, and with a server when it is connected.
 struct Rig<'m> {
