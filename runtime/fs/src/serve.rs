@@ -169,7 +169,8 @@ fn answer_all(files: &Arc<Passthrough>, requests: &Requests) {
         };
         match server.handle_message(reader, Writer::FuseDev(writer), None, None) {
             Ok(answered) if changes => {
-                if u32_at(answer, 4) == 0 {
+                let is_sent = answered < OUT_HEADER_BYTES || u32_at(answer, 4) != 0;
+                if !is_sent {
                     answer_change(files, &requests.socket, directory, &answer[..answered]);
                 }
             }

@@ -520,6 +520,12 @@ impl Subject for Fs {
                 }
             }
             5 => self.hand_over(),
+            // With the attributes of what has changed.
+            6 => {
+                if let Some(number) = self.request() {
+                    self.answer(16, number, 104);
+                }
+            }
             // As it should.
             _ => {
                 while let Some(number) = self.request() {
