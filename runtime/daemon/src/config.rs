@@ -3,6 +3,7 @@
 //! The shipped file `config.toml` lists every key with its default; a test holds the two together.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -77,6 +78,8 @@ pub struct Config {
     pub image: Image,
     /// The pods' cgroups on the host.
     pub cgroup: Cgroup,
+    /// What podvisord counts.
+    pub metrics: Metrics,
 }
 
 /// `[handlers.NAME]`
@@ -175,6 +178,14 @@ pub struct Cgroup {
     pub parent: String,
 }
 
+/// `[metrics]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// Address and port of the HTTP server; empty: none.
+    pub address: String,
+}
+
 /// How a kubelet writes `cgroup_parent`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -213,6 +224,7 @@ impl Default for Config {
             network: Network::default(),
             image: Image::default(),
             cgroup: Cgroup::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -322,6 +334,13 @@ impl Config {
         }
         if self.image.parallel_layers == 0 {
             return refuse("image.parallel_layers", "at least 1");
+        }
+        let address = &self.metrics.address;
+        if !address.is_empty() && address.parse::<SocketAddr>().is_err() {
+            return refuse(
+                "metrics.address",
+                "neither empty nor an address with a port",
+            );
         }
         let parent = Path::new(&self.cgroup.parent);
         if !parent.is_absolute() && parent.extension().is_none_or(|suffix| suffix != "slice") {
