@@ -9,6 +9,7 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{fchdir, pivot_root};
 use thiserror::Error;
 
@@ -51,6 +52,9 @@ pub fn enter(shares: &Path) -> Result<OwnedFd, JailError> {
     setrlimit(Resource::RLIMIT_NOFILE, files, files)
         .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
         .map_err(failed("setrlimit"))?;
+    // A file that gets larger than it may is the guest's error, and not this process's end.
+    // SAFETY: no handler.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.map_err(failed("signal"))?;
     unshare(
         CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWNET

@@ -304,6 +304,40 @@ impl<'m> GuestSlices<'m> {
         })
     }
 
+    /// The same for what the host has in memory, without waiting for a disk.
+    ///
+    /// # Errors
+    /// As of `preadv2(2)`; `WouldBlock` where not all is there, and anything may have been read.
+    pub fn fill_from_cache(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        // To preadv2, -1 is wherever the file's position is.
+        if i64::try_from(offset).is_err() {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        self.transfer_all(|slices, count, done| {
+            // SAFETY: the slices are mapped and writable, the kernel writes only to them.
+            unsafe {
+                libc::preadv2(
+                    file.as_raw_fd(),
+                    slices,
+                    count,
+                    (offset + done) as libc::off_t,
+                    libc::RWF_NOWAIT,
+                )
+            }
+        })
+    }
+
+    /// Writes once to a file at `offset`. Returns the bytes written, which may be fewer than there are, and consumes them.
+    ///
+    /// # Errors
+    /// As of `pwritev(2)`.
+    pub fn write_at(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        self.transfer(|slices, count| {
+            // SAFETY: the slices are mapped, the kernel reads only them.
+            unsafe { libc::pwritev(file.as_raw_fd(), slices, count, offset as libc::off_t) }
+        })
+    }
+
     /// Receives once from a socket, at most `limit` bytes. Returns the bytes received and consumes them; 0 is the end
     /// of the stream (or no room).
     ///

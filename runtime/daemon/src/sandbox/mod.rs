@@ -444,7 +444,9 @@ impl Daemon {
                 .is_err()
             {
                 monitor.kill();
-                monitor.died().await;
+                // Who waits for a file system of the node's that hangs (fsfreeze) ends when that goes on: `release`
+                // fails until then.
+                let _ = timeout(KILLED_PROCESSES, monitor.died()).await;
             }
             let last = crate::monitor::read_state_file(&self.sandbox_dir(&pod.id));
             let record = pod.monitor_gone(last, "the sandbox was stopped", now_ns());

@@ -21,6 +21,7 @@ mod open_files;
 mod operations;
 
 use std::ffi::{CStr, OsStr};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -33,10 +34,11 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::Mode;
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC};
 
 use host::Status;
 use nodes::{Identity, Node, Nodes, Place, Stamp};
-use open_files::OpenFiles;
+use open_files::{OpenFile, OpenFiles};
 
 /// How long the guest may take names and attributes for true without asking. Less than people and probes notice, and
 /// enough for what belongs together: without, one `stat` of a path asks several times for each of its directories.
@@ -97,6 +99,19 @@ impl Passthrough {
         // A new working directory comes with a new mask.
         nix::sys::stat::umask(Mode::empty());
         Ok(())
+    }
+
+    /// The file of a handle that is being read or written, if the device is to have it from now on: it is used often, and
+    /// the device does with its contents exactly what this process would do.
+    pub fn to_hand_over(&self, node: u64, handle: u64) -> Option<Arc<OpenFile>> {
+        let open = self.open.get(handle, node).ok()?;
+        let is_to = open.is_used_often() && !open.appends() && is_plain(&open.file).ok()?;
+        is_to.then_some(open)
+    }
+
+    /// The guest has closed it.
+    pub fn close(&self, handle: u64) {
+        self.open.remove(handle);
     }
 
     /// What the guest means by a number.
@@ -232,6 +247,14 @@ impl Passthrough {
     }
 }
 
+/// File systems of this node alone. Those on disks tell what is in the page cache (`RWF_NOWAIT`).
+const LOCAL: [FsType; 4] = [
+    EXT4_SUPER_MAGIC,
+    XFS_SUPER_MAGIC,
+    BTRFS_SUPER_MAGIC,
+    TMPFS_MAGIC,
+];
+
 const PATH_ONLY: OFlag = OFlag::O_PATH
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_CLOEXEC);
@@ -244,6 +267,15 @@ const OPENED: OFlag = OFlag::O_ACCMODE
     .union(OFlag::O_SYNC)
     .union(OFlag::O_DSYNC)
     .union(OFlag::O_NOATIME);
+
+/// Whether a file is a regular one without set-uid and set-gid bits, which a process without `CAP_FSETID` takes away, on
+/// a disk of the node. A process that waits for another machine may wait for ever, and must not be the pod's monitor.
+fn is_plain(file: &File) -> io::Result<bool> {
+    const BITS: libc::mode_t = libc::S_IFMT | libc::S_ISUID | libc::S_ISGID;
+    let mode = host::status(file)?.attributes.st_mode;
+    let kind = nix::sys::statfs::fstatfs(file)?.filesystem_type();
+    Ok(mode & BITS == libc::S_IFREG && LOCAL.contains(&kind))
+}
 
 /// What is at a path, if it is that file.
 fn find_again(directory: &OwnedFd, path: &Path, identity: Identity) -> io::Result<Arc<OwnedFd>> {

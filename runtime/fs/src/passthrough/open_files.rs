@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use nix::errno::Errno;
@@ -19,9 +19,25 @@ pub struct OpenFile {
     /// The node it was opened from.
     node: u64,
     append: AtomicI32,
+    /// How often it was read or written.
+    transfers: AtomicU32,
 }
 
+/// What is used so often is handed over: most files are read or written once.
+const OFTEN: u32 = 2;
+
 impl OpenFile {
+    /// It is read or written once more. Whether it is to be handed over now.
+    pub fn is_used_often(&self) -> bool {
+        // It wraps after 2^32 times, and is handed over once more.
+        self.transfers.fetch_add(1, Ordering::Relaxed) + 1 == OFTEN
+    }
+
+    /// Whether what is written goes to its end.
+    pub fn appends(&self) -> bool {
+        self.append.load(Ordering::Relaxed) != 0
+    }
+
     /// Makes the file append or not, as the guest's process has set it meanwhile (fcntl(2), `F_SETFL`).
     pub fn set_append(&self, flags: u32) -> io::Result<()> {
         let append = flags as i32 & libc::O_APPEND;
@@ -60,6 +76,7 @@ impl OpenFiles {
             position: Mutex::default(),
             node,
             append: AtomicI32::new(flags as i32 & libc::O_APPEND),
+            transfers: AtomicU32::new(0),
         };
         let mut files = self.files.write().unwrap_or_else(PoisonError::into_inner);
         files.insert(handle, Arc::new(file));

@@ -468,20 +468,6 @@ impl FileSystem for Passthrough {
         Ok(nix::unistd::lseek(&open.file, offset as i64, whence)? as u64)
     }
 
-    fn release(
-        &self,
-        _: &Context,
-        _node: u64,
-        _flags: u32,
-        handle: u64,
-        _flush: bool,
-        _flock_release: bool,
-        _lock_owner: Option<u64>,
-    ) -> io::Result<()> {
-        self.open.remove(handle);
-        Ok(())
-    }
-
     fn statfs(&self, _: &Context, node: u64) -> io::Result<libc::statvfs64> {
         host::file_system(&self.node(node)?.file)
     }
@@ -591,10 +577,5 @@ impl FileSystem for Passthrough {
         handle: u64,
     ) -> io::Result<()> {
         self.fsync(context, node, data_only, handle)
-    }
-
-    fn releasedir(&self, _: &Context, _node: u64, _flags: u32, handle: u64) -> io::Result<()> {
-        self.open.remove(handle);
-        Ok(())
     }
 }

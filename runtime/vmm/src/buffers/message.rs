@@ -1,7 +1,7 @@
 //! Messages of a `SOCK_SEQPACKET`: with a header that is not in guest memory, and into room that was kept for them.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use libc::{iovec, msghdr};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -95,8 +95,8 @@ impl GuestSlices<'_> {
         Ok(())
     }
 
-    /// Receives one message, the first bytes of it into `header` and the rest into this. Returns its length, and consumes
-    /// nothing.
+    /// Receives one message, the first bytes of it into `header` and the rest into this. Returns its length and the file
+    /// that came with it, and consumes nothing.
     ///
     /// # Errors
     /// As of `recvmsg(2)`; `EMSGSIZE` when it was longer, and what is not in `header` is lost.
@@ -104,17 +104,47 @@ impl GuestSlices<'_> {
         &mut self,
         socket: BorrowedFd<'_>,
         header: &mut [u8],
-    ) -> io::Result<usize> {
+    ) -> io::Result<(usize, Option<OwnedFd>)> {
         let mut pieces = [NOTHING; MAX_PIECES + 1];
         let mut message = message(&mut pieces, header.as_mut_ptr(), header.len(), self.slices)?;
-        // SAFETY: the pieces are `header` and mapped guest memory, writable, which overlaps no Rust object.
-        let received = retry(|| unsafe {
-            libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT)
-        })?;
+        let mut control = Control::default();
+        message.msg_control = (&raw mut control).cast();
+        message.msg_controllen = size_of::<Control>();
+        let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+        // SAFETY: the pieces are `header` and mapped guest memory, writable, which overlaps no Rust object; `control` lives
+        // longer than the call.
+        let received =
+            retry(|| unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) })?;
+        let file = control.take(message.msg_controllen);
         if message.msg_flags & libc::MSG_TRUNC != 0 {
             return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
         }
-        Ok(received)
+        Ok((received, file))
+    }
+}
+
+/// Room for one file beside a message; the kernel closes what does not fit. `struct cmsghdr` and one descriptor, as long
+/// as its alignment makes it.
+#[repr(C)]
+#[derive(Default)]
+struct Control {
+    length: usize,
+    level: libc::c_int,
+    kind: libc::c_int,
+    descriptor: libc::c_int,
+    _padding: libc::c_int,
+}
+
+impl Control {
+    /// The file, when the kernel has filled so many bytes of this.
+    fn take(&self, filled: usize) -> Option<OwnedFd> {
+        // SAFETY: a computation.
+        let needed = unsafe { libc::CMSG_LEN(size_of::<libc::c_int>() as u32) } as usize;
+        let is_file = filled >= needed
+            && self.length == needed
+            && (self.level, self.kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS);
+        // SAFETY: the kernel has just opened it for this process, nobody else has it.
+        is_file.then(|| unsafe { OwnedFd::from_raw_fd(self.descriptor) })
     }
 }
 

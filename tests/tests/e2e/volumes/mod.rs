@@ -72,17 +72,17 @@ impl Rig {
         path
     }
 
-    /// Mounts an ext4 in the folder, on the node, of which a user may have so many KiB. `None`: the node cannot.
-    fn ext4_with_quota(&mut self, name: &str, user: u32, kib: u64) -> Option<PathBuf> {
+    /// Mounts an ext4 in the folder, on the node. `None`: the node cannot with these options.
+    fn ext4(&mut self, name: &str, make: &[&str], options: &str) -> Option<PathBuf> {
         let (image, path) = (self.path("image"), self.directory(name));
         fs::File::create(&image)
             .and_then(|file| file.set_len(16 << 20))
             .expect("a file");
-        let make = ["-q", "-O", "quota", "-E", "quotatype=usrquota"];
-        let mkfs = Command::new("mkfs.ext4").args(make).arg(&image).status();
-        assert!(mkfs.expect("mkfs.ext4").success());
+        let mut mkfs = Command::new("mkfs.ext4");
+        let made = mkfs.arg("-q").args(make).arg(&image).status();
+        assert!(made.expect("mkfs.ext4").success());
         let mounted = Command::new("mount")
-            .args(["-o", "loop,usrquota"])
+            .args(["-o", options])
             .args([&image, &path])
             .stderr(Stdio::null())
             .status();
@@ -90,6 +90,13 @@ impl Rig {
             return None;
         }
         self.mounts.push(path.clone());
+        Some(path)
+    }
+
+    /// The same, of which a user may have so many KiB.
+    fn ext4_with_quota(&mut self, name: &str, user: u32, kib: u64) -> Option<PathBuf> {
+        let make = ["-O", "quota", "-E", "quotatype=usrquota"];
+        let path = self.ext4(name, &make, "loop,usrquota")?;
         // `struct dqblk` (quotactl(2)).
         // SAFETY: all-zero is a valid one.
         let mut limits: libc::dqblk = unsafe { std::mem::zeroed() };

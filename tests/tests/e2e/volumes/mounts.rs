@@ -1,11 +1,15 @@
 //! How volumes are mounted, and what cannot be.
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use podvisor_tests::crictl::shell;
 use podvisor_tests::eventually;
+use podvisor_tests::registry::busybox;
 use serde_json::json;
 
 use super::{Rig, read_only, volume};
@@ -140,4 +144,63 @@ fn a_container_can_be_created_again_when_the_server_died() {
     let again = rig.container("again", &[volume(&data, "/v")]);
     assert_eq!(rig.sh(&again, "cat /v/x; echo y >/v/y"), "x");
     assert_eq!(fs::read_to_string(data.join("y")).expect("there"), "y\n");
+}
+
+/// A file system of the node that does not go on, for whoever writes to it.
+struct Frozen<'a>(&'a Path);
+
+impl<'a> Frozen<'a> {
+    fn new(path: &'a Path) -> Self {
+        let frozen = Command::new("fsfreeze").arg("-f").arg(path).status();
+        assert!(frozen.expect("fsfreeze").success());
+        Self(path)
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("-u").arg(self.0).status();
+    }
+}
+
+/// Whether a thread of a process waits and cannot be killed.
+fn hangs(pid: Pid) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    threads.into_iter().flatten().flatten().any(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ")
+            .next()
+            .is_some_and(|state| state.starts_with('D'))
+    })
+}
+
+#[test]
+fn a_volume_that_hangs_holds_up_no_call() {
+    let mut rig = Rig::new("frozen");
+    let data = rig.ext4("data", &[], "loop").expect("mounts");
+    // The monitor writes, from the third time on.
+    let script = "exec 3<>/v/file; i=0; while :; do echo $i >&3; echo wrote; sleep 0.1; done";
+    let mut config = shell("writer", &busybox(), script);
+    config["mounts"] = json!([volume(&data, "/v")]);
+    rig.daemon.create_started(&rig.id, &rig.pod, &config);
+    let log = rig.pod.log("writer");
+    let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
+    eventually("it writes", || (lines() > 4).then_some(()));
+    {
+        let _frozen = Frozen::new(&data);
+        eventually("the monitor hangs", || {
+            let processes = rig.daemon.instance.processes();
+            let mut monitors = processes
+                .iter()
+                .filter(|(_, command)| command.contains("podvisor-monitor"));
+            monitors.any(|(pid, _)| hangs(*pid)).then_some(())
+        });
+        let stopped = rig.daemon.crictl(&["--timeout", "60s", "stopp", &rig.id]);
+        assert_ne!(stopped.code, 0, "its processes cannot end");
+        let said = stopped.stderr;
+        assert!(!said.contains("DeadlineExceeded"), "{said}");
+    }
+    rig.daemon.crictl(&["stopp", &rig.id]).ok();
+    rig.daemon.remove_pods();
+    rig.daemon.assert_nothing_left();
 }

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use nix::libc;
 use nix::unistd::{Gid, Uid, chown};
 use podvisor_tests::crictl::shell;
 use podvisor_tests::logs;
@@ -188,6 +189,76 @@ fn owners_and_modes_are_the_nodes() {
     fs::set_permissions(&suid, fs::Permissions::from_mode(0o4777)).expect("chmod");
     rig.sh(&c, "echo y >>/v/suid");
     assert_eq!(suid.metadata().expect("there").mode() & 0o7777, 0o777);
+}
+
+/// From its third write on a file is written to by the monitor, and not by podvisor-fs.
+#[test]
+fn a_file_that_is_written_often_is_as_any_other() {
+    let rig = Rig::new("often");
+    let data = rig.directory("data");
+    let script = "mkfifo /v/lines; exec 3<>/v/file 4<>/v/lines; echo begun
+        while read line <&4; do echo $line >&3 && echo $line; done";
+    let mut config = shell("writer", &busybox(), script);
+    config["mounts"] = json!([volume(&data, "/v")]);
+    let c = rig.daemon.create_started(&rig.id, &rig.pod, &config);
+    let log = rig.pod.log("writer");
+    logs::wait_for(&log, "begun");
+    let write = |line: u32| {
+        rig.sh(&c, &format!("echo {line} >/v/lines"));
+        logs::wait_for(&log, &line.to_string());
+    };
+    let file = data.join("file");
+    let read = || fs::read(&file).expect("there");
+    (1..=4).for_each(write);
+    assert_eq!(read(), b"1\n2\n3\n4\n");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o4777)).expect("chmod");
+    write(5);
+    assert_eq!(file.metadata().expect("there").mode() & 0o7777, 0o777);
+    // Made shorter meanwhile, it has a hole.
+    let other = fs::File::options().write(true).open(&file);
+    other.and_then(|other| other.set_len(0)).expect("truncates");
+    write(6);
+    assert_eq!(read(), b"\0\0\0\0\0\0\0\0\0\x006\n");
+    // Removed, it goes on as what is open.
+    let other = fs::File::open(&file).expect("there");
+    fs::remove_file(&file).expect("removes");
+    write(7);
+    assert_eq!(other.metadata().expect("open").len(), 14);
+}
+
+#[test]
+fn a_file_that_gets_too_large_says_so() {
+    const MOST: u64 = 1 << 20;
+    let rig = Rig::new("large");
+    let data = rig.directory("data");
+    let c = rig.container("c", &[volume(&data, "/v")]);
+    let processes = rig.daemon.instance.processes();
+    let servers = processes.iter().filter(|(_, command)| {
+        ["podvisor-monitor", "podvisor-fs"].map(|name| command.contains(name)) != [false; 2]
+    });
+    let limit = libc::rlimit {
+        rlim_cur: MOST,
+        rlim_max: MOST,
+    };
+    for (pid, _) in servers {
+        // SAFETY: a limit that lasts as long, and nowhere to put the old one.
+        let set = unsafe {
+            libc::prlimit(
+                pid.as_raw(),
+                libc::RLIMIT_FSIZE,
+                &raw const limit,
+                std::ptr::null_mut(),
+            )
+        };
+        assert_eq!(set, 0);
+    }
+    let said = rig.sh(
+        &c,
+        "dd if=/dev/zero of=/v/x bs=256k count=8 2>&1; echo more >>/v/x || true",
+    );
+    assert!(said.contains("File too large"), "{said}");
+    assert_eq!(data.join("x").metadata().expect("there").len(), MOST);
+    assert_eq!(rig.sh(&c, "echo lives >/v/y; cat /v/y"), "lives");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The virtio device (virtio 1.2, 5.11), and as much of FUSE as it takes to move its messages (linux/fuse.h).
+//! The virtio device (virtio 1.2, 5.11).
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -13,8 +13,15 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::directory::Directory;
+use super::files::Files;
 use super::handle::{FsHandle, Shared};
-use super::requests::Requests;
+use super::protocol::{
+    ATTRIBUTES_BYTES, BATCH_FORGET, CHANGES, DESTROY, FORGET, Front, GETATTR, HANDED_OVER, Handle,
+    IN_HEADER_BYTES, INIT, INTERRUPT, OUT_HEADER_BYTES, READ, RELEASE, RELEASEDIR, SETATTR, WRITE,
+    out_header, u32_at, u64_at,
+};
+use super::requests::{Request, Requests};
 use crate::buffers::{ChainBuffers, GuestSlices, Room};
 use crate::device::{
     Chain, Counter, DeviceError, DeviceEvent, QueueRef, VirtioDevice, read_config_space,
@@ -30,12 +37,15 @@ pub(crate) const QUEUE_SIZES: &[u16] = &[32, 512];
 /// `struct virtio_fs_config`: the tag, filled up with NUL, and the number of request queues.
 const TAG_BYTES: usize = 36;
 
-/// `struct fuse_in_header`, of which `len`, `opcode` and `unique` matter here.
-const IN_HEADER_BYTES: usize = 40;
-/// `struct fuse_out_header`: `len`, `error`, `unique`.
-const OUT_HEADER_BYTES: usize = 16;
-/// `enum fuse_opcode`: FORGET, INTERRUPT, DESTROY, BATCH_FORGET. Nobody answers these; for DESTROY the device does.
-const UNANSWERED: [u32; 4] = [2, 36, 38, 42];
+/// Nobody answers these, or the guest need not wait for it: where it does, the device answers.
+const UNANSWERED: [u32; 6] = [
+    FORGET,
+    RELEASE,
+    RELEASEDIR,
+    INTERRUPT,
+    DESTROY,
+    BATCH_FORGET,
+];
 
 /// Longest request and answer, bytes: the most pages that podvisor-fs agrees to (`FUSE_MAX_PAGES`), and what goes with
 /// them.
@@ -55,8 +65,11 @@ pub struct FsDevice {
     /// The socket has no room: it is waited for, and the queues' requests with it.
     blocked: bool,
     requests: Requests,
+    files: Files,
+    directory: Directory,
     buffers: ChainBuffers,
     failed: Counter,
+    direct: Counter,
 }
 
 impl FsDevice {
@@ -78,8 +91,11 @@ impl FsDevice {
             socket: None,
             blocked: false,
             requests: Requests::default(),
+            files: Files::default(),
+            directory: Directory::default(),
             buffers: ChainBuffers::default(),
             failed: Counter::default(),
+            direct: Counter::default(),
         };
         Ok((device, handle))
     }
@@ -118,6 +134,28 @@ impl FsDevice {
         }
     }
 
+    /// Answers the request in a chain if that can be done here: it is about the contents of a file, or a directory's
+    /// attributes, that are known. `None`: it cannot.
+    fn answer(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>) -> Option<u32> {
+        if self.files.is_empty() && !self.directory.is_known() {
+            return None;
+        }
+        let (mut request, answer) = self.buffers.collect(memory, chain).ok()?;
+        if request.len() > MAX_MESSAGE || answer.len() > MAX_MESSAGE {
+            return None;
+        }
+        let front = front(&mut request)?;
+        let (transfer, unique) = (front.transfer(), front.unique());
+        let written = match front.opcode() {
+            READ => self.files.read(transfer, unique, answer),
+            WRITE => self.files.write(transfer, unique, request, answer),
+            GETATTR => self.directory.answer(front.node(), unique, answer),
+            _ => None,
+        }?;
+        self.direct.fetch_add(1, Ordering::Relaxed);
+        Some(written)
+    }
+
     /// Sends the request in a chain.
     fn send(
         &mut self,
@@ -125,6 +163,9 @@ impl FsDevice {
         chain: Chain<'_>,
         queue: u16,
     ) -> Result<Sent, DeviceError> {
+        if let Some(written) = self.answer(memory, chain.clone()) {
+            return Ok(Sent::Done(written));
+        }
         let head = chain.head_index();
         let room = Room::of(chain.clone());
         let (Ok(room), Ok((mut request, mut answer))) = (room, self.buffers.collect(memory, chain))
@@ -132,12 +173,11 @@ impl FsDevice {
             return Ok(Sent::Done(0));
         };
         let length = request.len();
-        let mut header = [0; IN_HEADER_BYTES];
-        if !request.read(&mut header) {
+        let Some(mut front) = front(&mut request) else {
             return Ok(Sent::Done(0));
-        }
-        let opcode = u32_at(&header, 4);
-        let unique = u64_at(&header, 8);
+        };
+        let opcode = front.opcode();
+        let unique = front.unique();
         let answered = !UNANSWERED.contains(&opcode);
         if answered && answer.is_empty() {
             return Ok(Sent::Done(0));
@@ -150,18 +190,24 @@ impl FsDevice {
             self.failed.fetch_add(1, Ordering::Relaxed);
             return Ok(Sent::Done(refuse(&mut answer, libc::E2BIG, unique)));
         }
+        give_up(&mut self.files, &mut self.requests, &front);
         let mut number = 0;
         if answered {
+            let handle = is_transfer(&front).then(|| front.handle());
+            let directory = CHANGES.contains(&opcode).then(|| front.node());
+            let is_alone = self.requests.is_empty();
             // A chain that is given a second time while the first answer is awaited.
             number = self
                 .requests
-                .add(queue, head, unique, room)
+                .add(queue, head, unique, (handle, directory), room)
                 .ok_or(virtio_queue::Error::InvalidChain)?;
+            self.directory.sent(opcode, is_alone.then_some(number));
         }
         // What the guest says of its length is not what counts.
-        header[..4].copy_from_slice(&(length as u32).to_ne_bytes());
-        header[8..16].copy_from_slice(&number.to_ne_bytes());
-        let error = match request.send_message(socket.as_fd(), &header) {
+        front.bytes[..4].copy_from_slice(&(length as u32).to_ne_bytes());
+        front.bytes[8..16].copy_from_slice(&number.to_ne_bytes());
+        let header = &front.bytes[..length.min(front.bytes.len())];
+        let error = match request.send_message(socket.as_fd(), header) {
             Ok(()) if answered => return Ok(Sent::Waiting),
             // FUSE_DESTROY's caller wants to see a header.
             Ok(()) if answer.len() >= OUT_HEADER_BYTES => 0,
@@ -198,10 +244,21 @@ impl FsDevice {
                 let request = self.requests.get(number);
                 let room =
                     request.and_then(|request| request.room.slices(&mut self.buffers, memory).ok());
-                Ok((number, receive(socket, room, request.map(|r| r.unique))?))
+                Ok((number, receive(socket, room, request)?))
             });
             match received {
                 Ok((number, answer)) if answer.number == number => {
+                    let request = self.requests.get(number);
+                    if let Some(file) = answer.file {
+                        if let Some(handle) = request.and_then(|request| request.handle) {
+                            self.files.add(handle, file);
+                        }
+                        continue;
+                    }
+                    let directory = request.and_then(|request| request.directory);
+                    if let (Some(node), Some(attributes)) = (directory, answer.attributes) {
+                        self.directory.received(number, node, attributes);
+                    }
                     let Some((queue, head)) = self.requests.remove(number) else {
                         debug!("an answer to nothing");
                         continue;
@@ -235,6 +292,8 @@ impl FsDevice {
         // Closed, it leaves the epoll.
         self.socket = None;
         self.blocked = false;
+        self.files.give_up(|_| true);
+        self.directory.clear();
         let mut used = 0;
         for (queue, head, request) in self.requests.take_all() {
             self.failed.fetch_add(1, Ordering::Relaxed);
@@ -365,19 +424,59 @@ impl VirtioDevice for FsDevice {
     /// The socket stays. Whoever answers hears of a new guest by its first request.
     fn reset(&mut self) {
         self.requests.clear();
+        self.files.give_up(|_| true);
+        self.directory.clear();
     }
 
     fn counters(&self) -> Vec<(&'static str, Counter)> {
-        vec![("failed_requests", self.failed.clone())]
+        vec![
+            ("failed_requests", self.failed.clone()),
+            ("direct_answers", self.direct.clone()),
+        ]
     }
 }
 
-/// An answer that has been received.
+/// The front of a request, which is consumed. `None`: it has not even a header.
+fn front(request: &mut GuestSlices<'_>) -> Option<Front> {
+    let mut front = Front::default();
+    let length = request.len().min(front.bytes.len());
+    (length >= IN_HEADER_BYTES && request.read(&mut front.bytes[..length])).then_some(front)
+}
+
+/// Whether a request is about the contents of a file that may be handed over.
+fn is_transfer(front: &Front) -> bool {
+    match front.opcode() {
+        READ => true,
+        WRITE => !front.transfer().appends,
+        _ => false,
+    }
+}
+
+/// Leaves files to podvisor-fs alone that a request closes, or of which it says that they are to be written to otherwise.
+fn give_up(files: &mut Files, requests: &mut Requests, front: &Front) {
+    let (node, handle) = (front.node(), front.handle());
+    let unwanted: &dyn Fn(Handle) -> bool = match front.opcode() {
+        RELEASE => &|file| file == handle,
+        WRITE if front.transfer().appends => &|file| file == handle,
+        SETATTR if front.sets_mode() => &|file| file.node == node,
+        INIT | DESTROY => &|_| true,
+        _ => return,
+    };
+    files.give_up(unwanted);
+    requests.give_up(unwanted);
+}
+
+/// A message that has been received.
+#[derive(Default)]
 struct Answer {
     /// The number that it says it is for.
     number: u64,
     /// Bytes that are in the room for it.
     written: u32,
+    /// What the request has changed is this now.
+    attributes: Option<[u8; ATTRIBUTES_BYTES]>,
+    /// It is no answer yet: the request's open file is handed over.
+    file: Option<OwnedFd>,
 }
 
 /// The number of the socket's next message.
@@ -389,53 +488,69 @@ fn next_number(socket: &OwnedFd) -> nix::Result<u64> {
     }
 }
 
-/// Receives the next message of the socket into a room, if there is one, and otherwise drops it. The guest finds
-/// `unique` as its number.
+/// Receives the next message of the socket into a request's room, if there is one, and otherwise drops it. The guest finds
+/// its own number in it.
 fn receive(
     socket: &OwnedFd,
     room: Option<GuestSlices<'_>>,
-    unique: Option<u64>,
+    request: Option<&Request>,
 ) -> nix::Result<Answer> {
-    let mut header = [0; OUT_HEADER_BYTES];
+    let mut bytes = [0; OUT_HEADER_BYTES + ATTRIBUTES_BYTES];
     let room = room.and_then(|mut room| Some((room.take_front(OUT_HEADER_BYTES)?, room)));
-    let Some((front, mut room)) = room else {
+    let (Some((front, mut room)), Some(request)) = (room, request) else {
         // What is not received of a message is dropped.
-        return match receive_bytes(socket, &mut header, MsgFlags::empty())? {
+        return match receive_bytes(socket, &mut bytes[..OUT_HEADER_BYTES], MsgFlags::empty())? {
             0 => Err(Errno::EPIPE),
             _ => Ok(Answer {
-                number: u64_at(&header, 8),
-                written: 0,
+                number: u64_at(&bytes, 8),
+                ..Answer::default()
             }),
         };
     };
-    let length = match room.receive_message(socket.as_fd(), &mut header) {
-        Ok(length @ OUT_HEADER_BYTES..) => Some(length),
+    // What is not the guest's.
+    let more = request.directory.map_or(0, |_| ATTRIBUTES_BYTES);
+    let received = room.receive_message(socket.as_fd(), &mut bytes[..OUT_HEADER_BYTES + more]);
+    let (header, attributes) = bytes.split_at_mut(OUT_HEADER_BYTES);
+    let answer = Answer {
+        number: u64_at(header, 8),
+        ..Answer::default()
+    };
+    let length = match received {
+        Ok((_, file @ Some(_))) if u32_at(header, 4) as i32 == HANDED_OVER => {
+            return Ok(Answer { file, ..answer });
+        }
+        // An error has no more.
+        Ok((OUT_HEADER_BYTES, _)) => Some(OUT_HEADER_BYTES),
+        Ok((length @ OUT_HEADER_BYTES.., _)) => length.checked_sub(more),
         // Longer than the room: the rest is lost.
         Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => None,
         Err(error) => return Err(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
         Ok(_) => return Err(Errno::EPIPE),
     };
-    let number = u64_at(&header, 8);
-    let length = length.filter(|length| *length == u32_at(&header, 0) as usize);
-    let unique = unique.unwrap_or_default();
-    let written = if let Some(length) = length {
-        header[8..].copy_from_slice(&unique.to_ne_bytes());
-        front.write(&header);
-        length
-    } else {
+    let unique = request.unique;
+    let Some(length) = length.filter(|length| *length == u32_at(header, 0) as usize) else {
         debug!("an answer that cannot be");
-        front.write(&out_header(libc::EIO, unique));
-        OUT_HEADER_BYTES
+        front.write(&out_header(OUT_HEADER_BYTES, libc::EIO, unique));
+        return Ok(Answer {
+            written: OUT_HEADER_BYTES as u32,
+            ..answer
+        });
     };
+    header[8..].copy_from_slice(&unique.to_ne_bytes());
+    front.write(header);
+    let is_error = header[4..8] != [0; 4];
     Ok(Answer {
-        number,
-        written: written as u32,
+        written: length as u32,
+        attributes: (more > 0 && !is_error)
+            .then(|| attributes.try_into().ok())
+            .flatten(),
+        ..answer
     })
 }
 
 /// Answers a request with an error. Returns the bytes written.
 fn refuse(answer: &mut GuestSlices<'_>, error: i32, unique: u64) -> u32 {
-    if answer.write(&out_header(error, unique)) {
+    if answer.write(&out_header(OUT_HEADER_BYTES, error, unique)) {
         OUT_HEADER_BYTES as u32
     } else {
         0
@@ -457,29 +572,8 @@ fn give_back(
     Ok(1 << queue)
 }
 
-/// `struct fuse_out_header` of a message that is nothing else.
-fn out_header(error: i32, unique: u64) -> [u8; OUT_HEADER_BYTES] {
-    let mut header = [0; OUT_HEADER_BYTES];
-    header[..4].copy_from_slice(&(OUT_HEADER_BYTES as u32).to_ne_bytes());
-    header[4..8].copy_from_slice(&(-error).to_ne_bytes());
-    header[8..].copy_from_slice(&unique.to_ne_bytes());
-    header
-}
-
 fn receive_bytes(socket: &OwnedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Result<usize> {
     recv(socket.as_raw_fd(), buffer, flags | MsgFlags::MSG_DONTWAIT)
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    let mut word = [0; 4];
-    word.copy_from_slice(&bytes[at..at + 4]);
-    u32::from_ne_bytes(word)
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_ne_bytes(word)
 }
 
 #[cfg(test)]

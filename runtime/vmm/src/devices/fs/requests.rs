@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::protocol::Handle;
 use crate::buffers::Room;
 
 /// Requests that wait for their answers; more stay in their queues until then. Linux has fewer, of readahead mostly.
@@ -14,6 +15,10 @@ pub(super) struct Request {
     pub(super) room: Room,
     /// The number by which the guest knows it.
     pub(super) unique: u64,
+    /// The open file that it reads or writes, as long as that may be handed over.
+    pub(super) handle: Option<Handle>,
+    /// The directory that it changes.
+    pub(super) directory: Option<u64>,
     /// Tells it from one that had the same chain before.
     serial: u32,
 }
@@ -38,7 +43,14 @@ impl Requests {
 
     /// Adds a request. Returns the number that stands for the guest's own in its message. `None`: the driver has given
     /// a chain that is on its way already.
-    pub(super) fn add(&mut self, queue: u16, head: u16, unique: u64, room: Room) -> Option<u64> {
+    pub(super) fn add(
+        &mut self,
+        queue: u16,
+        head: u16,
+        unique: u64,
+        (handle, directory): (Option<Handle>, Option<u64>),
+        room: Room,
+    ) -> Option<u64> {
         if self.waiting.contains_key(&(queue, head)) {
             return None;
         }
@@ -47,6 +59,8 @@ impl Requests {
         let request = Request {
             room,
             unique,
+            handle,
+            directory,
             serial,
         };
         self.waiting.insert((queue, head), request);
@@ -74,6 +88,13 @@ impl Requests {
         self.get(number)?;
         self.waiting.remove(&place(number))?;
         Some(place(number))
+    }
+
+    /// Those open files of theirs that are `unwanted` are not to be handed over.
+    pub(super) fn give_up(&mut self, unwanted: impl Fn(Handle) -> bool) {
+        for request in self.waiting.values_mut() {
+            request.handle.take_if(|handle| unwanted(*handle));
+        }
     }
 
     /// Takes all out.

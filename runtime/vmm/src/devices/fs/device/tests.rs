@@ -1,3 +1,6 @@
+mod directory;
+mod files;
+
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, send, socketpair};
 use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
 use vm_memory::{Bytes as _, GuestAddress};
@@ -8,9 +11,6 @@ use crate::test_queue::{Part, TestQueue};
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const REQUEST: u64 = 0x4000;
 const ANSWER: u64 = 0x8000;
-const GETATTR: u32 = 3;
-const FORGET: u32 = 2;
-const DESTROY: u32 = 38;
 
 /// A device with a guest, and with a server when it is connected.
 struct Rig<'m> {
@@ -18,6 +18,8 @@ struct Rig<'m> {
     device: FsDevice,
     handle: FsHandle,
     queues: [TestQueue<'m>; 2],
+    /// The file that is asked for.
+    node: u64,
 }
 
 impl<'m> Rig<'m> {
@@ -29,6 +31,7 @@ impl<'m> Rig<'m> {
             device,
             handle,
             queues: [0, 0x1000].map(|base| TestQueue::new(memory, base)),
+            node: 0x0101_0101_0101_0101,
         }
     }
 
@@ -49,16 +52,23 @@ impl<'m> Rig<'m> {
             .unwrap()
     }
 
-    /// Asks: a header of this operation and number, then `more` bytes; in a chain that begins at `first`.
+    /// Asks: a header of this operation and number, then 16 bytes more; in a chain that begins at `first`.
     fn ask(&mut self, first: u16, opcode: u32, unique: u64, answer: &[Part]) {
-        let mut request = [1; 56];
+        self.ask_with(first, opcode, unique, &[1; 16], answer);
+    }
+
+    /// The same with these arguments, which `more` descriptors follow.
+    fn ask_with(&mut self, first: u16, opcode: u32, unique: u64, arguments: &[u8], more: &[Part]) {
+        let mut request = [&[1; 40], arguments].concat();
         request[4..8].copy_from_slice(&opcode.to_ne_bytes());
         request[8..16].copy_from_slice(&unique.to_ne_bytes());
+        request[16..24].copy_from_slice(&self.node.to_ne_bytes());
         let address = REQUEST + 0x100 * u64::from(first);
         self.memory
             .write_slice(&request, GuestAddress(address))
             .unwrap();
-        let parts = [&[(address, 40, 0), (address + 40, 16, 0)], answer].concat();
+        let length = arguments.len() as u32;
+        let parts = [&[(address, 40, 0), (address + 40, length, 0)], more].concat();
         self.queues[1].push_at(first, &parts);
         self.process(DeviceEvent::Queue(1));
     }
@@ -86,8 +96,7 @@ fn next(server: &OwnedFd) -> (u64, Vec<u8>) {
 }
 
 fn reply(server: &OwnedFd, number: u64, payload: &[u8]) {
-    let mut message = out_header(0, number).to_vec();
-    message[..4].copy_from_slice(&((16 + payload.len()) as u32).to_ne_bytes());
+    let mut message = out_header(16 + payload.len(), 0, number).to_vec();
     message.extend(payload);
     send(server.as_raw_fd(), &message, MsgFlags::empty()).unwrap();
 }
@@ -171,6 +180,10 @@ fn what_has_no_answer_is_done_when_it_is_sent() {
     assert_eq!(rig.queues[1].used(), Some((0, 16)));
     assert_eq!(rig.answered(ANSWER), (16, 0, 2));
     assert_eq!(next(&server).1.len() + next(&server).1.len(), 112);
+    rig.ask(0, RELEASE, 3, &[(ANSWER, 16, WRITE)]);
+    assert_eq!(rig.queues[1].used(), Some((0, 16)));
+    assert_eq!(rig.answered(ANSWER), (16, 0, 3));
+    assert_eq!(next(&server).0, 0, "a number that stands for no request");
 }
 
 #[test]
