@@ -54,6 +54,14 @@ impl FdTable {
         waiting.fds.pop().map(File::from)
     }
 
+    /// Takes the descriptors that came as `token`: `count` of them. `None` when others did, or none.
+    pub fn take_all(&self, token: &[u8], count: usize) -> Option<Vec<OwnedFd>> {
+        let token = Token::from_bytes(token)?;
+        let mut waiting = self.lock().remove(&token)?;
+        let fds = std::mem::take(&mut waiting.fds);
+        (fds.len() == count).then_some(fds)
+    }
+
     /// Stores `fds`. False when the table is full or the token is taken.
     pub fn insert(&self, token: Token, fds: Vec<OwnedFd>) -> bool {
         self.insert_for(token, fds, LIFETIME)

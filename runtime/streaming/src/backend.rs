@@ -66,7 +66,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 
 /// A process that runs, with the streams that were asked for.
 pub struct Session {
-    /// Shut down at the client's end of file.
+    /// Shut down at the client's end of file, dropped at the session's.
     pub stdin: Option<Box<dyn AsyncWrite + Send + Unpin>>,
     /// Read to its end before the session ends.
     pub stdout: Option<Box<dyn AsyncRead + Send + Unpin>>,

@@ -107,8 +107,10 @@ pub async fn run(client: Client, session: Result<Session, String>, version: Vers
     let (mut end_stdin, mut end_resize) = (None, None);
     let ended = match session {
         Ok(session) => {
+            // Open to the end of the session: a process tells its client's end of file from a client that is gone.
+            let mut process_stdin = session.stdin;
             let input = async {
-                if let (Some((incoming, output)), Some(process)) = (stdin, session.stdin) {
+                if let (Some((incoming, output)), Some(process)) = (stdin, &mut process_stdin) {
                     end_stdin = Some(output);
                     carry(incoming, process).await;
                 }
@@ -159,7 +161,7 @@ pub async fn run(client: Client, session: Result<Session, String>, version: Vers
 
 /// Gives the process what the client sends. Then, or when the process takes no more, hears the client to its end:
 /// its other streams come after these bytes.
-async fn carry(mut incoming: Incoming, mut process: Box<dyn AsyncWrite + Send + Unpin>) {
+async fn carry(mut incoming: Incoming, process: &mut (dyn AsyncWrite + Send + Unpin)) {
     while let Some(bytes) = incoming.recv().await {
         if process.write_all(&bytes).await.is_err() {
             return;

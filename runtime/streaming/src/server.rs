@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::{CONNECTION, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
 use hyper::body::Incoming as Body;
 use hyper::server::conn::http1;
@@ -178,7 +179,6 @@ impl<B: Backend> Server<B> {
             .header_read_timeout(REQUEST_DEADLINE)
             .max_buf_size(MAX_HEAD)
             .max_headers(MAX_HEADERS)
-            .keep_alive(false)
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades()
             .await;
@@ -411,5 +411,8 @@ fn channel_client(channels: &mut Channels, streams: Streams, outbox: &Outbox) ->
 pub(crate) fn text(status: StatusCode, message: &str) -> Response<String> {
     let mut response = Response::new(message.to_owned());
     *response.status_mut() = status;
+    // One request each; an upgrade has its own word here.
+    let close = HeaderValue::from_static("close");
+    response.headers_mut().insert(CONNECTION, close);
     response
 }

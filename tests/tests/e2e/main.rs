@@ -13,5 +13,6 @@ mod resources;
 mod restart;
 mod security;
 mod stop;
+mod streaming;
 mod user_namespaces;
 mod volumes;

@@ -187,6 +187,10 @@ impl Rig {
         ];
         let (stream, answer) = self.request(url, &headers).await;
         assert!(answer.starts_with("http/1.1 101 "), "{answer}");
+        assert!(
+            answer.contains("connection: upgrade\r\nupgrade: spdy/3.1\r\n"),
+            "{answer}"
+        );
         SpdyClient::new(stream)
     }
 }
