@@ -1,19 +1,20 @@
 #!/bin/sh
-# cri-tool.sh crictl|critest: builds that program from the Go module that crictl/go.mod or critest/go.mod
+# cri-tool.sh crictl|critest|ginkgo: builds that program from the Go module that crictl/go.mod or critest/go.mod
 # pins, once per content of that module, into target/tools. Prints the path of the binary.
 set -eu
 
 name=$1
 case $name in
-crictl) build=build ;;
-critest) build='test -c' ;; # its program is a package of tests
-*) echo "usage: cri-tool.sh crictl|critest" >&2; exit 2 ;;
+crictl) module=crictl build=build package=sigs.k8s.io/cri-tools/cmd/crictl ;;
+critest) module=critest build='test -c' package=sigs.k8s.io/cri-tools/cmd/critest ;; # a package of tests
+ginkgo) module=critest build=build package=github.com/onsi/ginkgo/v2/ginkgo ;; # runs critest in parallel
+*) echo "usage: cri-tool.sh crictl|critest|ginkgo" >&2; exit 2 ;;
 esac
 here=$(cd "$(dirname "$0")" && pwd)
 tools=$here/../../target/tools
 mkdir -p "$tools"
 tools=$(cd "$tools" && pwd)
-key=$( (cat "$here/$name/go.mod" "$here/$name/go.sum"; go version) | sha256sum | cut -c1-16)
+key=$( (cat "$here/$module/go.mod" "$here/$module/go.sum"; go version) | sha256sum | cut -c1-16)
 
 # Test binaries may ask at the same time: one builds, the others wait for it.
 exec 9>"$tools/.$name.lock"
@@ -21,7 +22,7 @@ flock 9
 if [ ! -x "$tools/$name-$key" ]; then
     echo "building $name (about 45 s, once)" >&2
     # shellcheck disable=SC2086 # two words
-    (cd "$here/$name" && go $build -trimpath -o "$tools/$name-$key.new" "sigs.k8s.io/cri-tools/cmd/$name") >&2
+    (cd "$here/$module" && go $build -trimpath -o "$tools/$name-$key.new" "$package") >&2
     rm -f "$tools/$name"-????????????????
     mv "$tools/$name-$key.new" "$tools/$name-$key"
 fi

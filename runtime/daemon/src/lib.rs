@@ -20,6 +20,7 @@
 //! | [`spec`]         | the OCI spec of a container                                           |
 //! | [`handlers`]     | who runs a pod's containers: a VM's agent, or an OCI runtime          |
 //! | [`host`]         | what pods of the host's own have: root file systems, files            |
+//! | [`confinement`]  | AppArmor and SELinux                                                  |
 //! | [`volumes`]      | what of the node's files a container sees                             |
 //! | [`vm_size`]      | vCPUs and memory of a pod's VM                                        |
 //! | [`guest_config`] | what the guest is told of its pod                                     |
@@ -37,6 +38,7 @@
 pub mod backend;
 pub mod cgroup;
 pub mod config;
+mod confinement;
 pub mod container;
 pub mod daemon;
 pub mod error;

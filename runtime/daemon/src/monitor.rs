@@ -21,6 +21,7 @@ use tokio_stream::StreamExt;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::cgroup::PodCgroup;
+use crate::confinement::Confinement;
 use crate::error::{Error, Result};
 use crate::pidfd::{PidFd, start_time};
 
@@ -100,6 +101,7 @@ impl Monitor {
         binary: &Path,
         dir: &Path,
         cgroup: &PodCgroup,
+        confinement: &Confinement,
         mut launch: Launch,
         fds: Option<LaunchFds>,
     ) -> Result<Self> {
@@ -122,9 +124,9 @@ impl Monitor {
         launch.grpc_fd = grpc.as_raw_fd();
         launch.fd_socket_fd = fd_socket.as_raw_fd();
         launch.dir_fd = dir_file.as_raw_fd();
-        let mut command =
-            tokio::process::Command::from(launcher::command(binary, dir, &launch, log.into()));
-        let mut child = command
+        let mut command = launcher::command(binary, dir, &launch, log.into());
+        confinement.confine(&mut command);
+        let mut child = tokio::process::Command::from(command)
             .spawn()
             .map_err(Error::io(format!("cannot start {}", binary.display())))?;
         let pid = child.id().ok_or(Error::Cancelled)?;

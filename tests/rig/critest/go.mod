@@ -2,7 +2,10 @@ module podvisor/tests/rig/critest
 
 go 1.26.2
 
-require sigs.k8s.io/cri-tools v1.36.0
+require (
+	github.com/onsi/ginkgo/v2 v2.28.1
+	sigs.k8s.io/cri-tools v1.36.0
+)
 
 require (
 	cyphar.com/go-pathrs v0.2.1 // indirect
@@ -25,7 +28,6 @@ require (
 	github.com/modern-go/concurrent v0.0.0-20180306012644-bacd9c7ef1dd // indirect
 	github.com/modern-go/reflect2 v1.0.3-0.20250322232337-35a7c28c31ee // indirect
 	github.com/munnerz/goautoneg v0.0.0-20191010083416-a7dc8b61c822 // indirect
-	github.com/onsi/ginkgo/v2 v2.28.1 // indirect
 	github.com/onsi/gomega v1.39.1 // indirect
 	github.com/opencontainers/go-digest v1.0.0 // indirect
 	github.com/opencontainers/selinux v1.13.1 // indirect

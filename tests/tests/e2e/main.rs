@@ -4,6 +4,7 @@ mod bad_host;
 mod bad_images;
 mod bad_input;
 mod cli;
+mod confinement;
 mod containers;
 mod host_pods;
 mod images;

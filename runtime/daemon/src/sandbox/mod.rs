@@ -16,6 +16,7 @@ use tonic::Code;
 use tracing::{Instrument, info, warn};
 
 use crate::cgroup::PodCgroup;
+use crate::confinement::{self, Confinement};
 use crate::daemon::{Daemon, now_ns, within};
 use crate::error::{Error, Result};
 use crate::ids::{self, Reservation};
@@ -149,6 +150,7 @@ impl Daemon {
         let Prepared {
             cgroup,
             fds,
+            confinement,
             mut launch,
             huge_pages,
         } = timeline.phase("host resources", prepare).await?;
@@ -162,6 +164,7 @@ impl Daemon {
                     &self.config.monitor_path().map_err(Error::io("monitor"))?,
                     &self.sandbox_dir(&id),
                     &cgroup,
+                    &confinement,
                     launch,
                     fds,
                 ),
@@ -296,6 +299,7 @@ impl Daemon {
                 tap,
                 scratch: scratch.into(),
             }),
+            confinement: confinement::of_vm(config)?,
             launch: monitor::Launch {
                 vm: Some(monitor::VmSpec {
                     vcpus: size.vcpus,
@@ -350,6 +354,7 @@ impl Daemon {
         Ok(Prepared {
             cgroup: cgroup.map_err(|_| Error::Cancelled)??,
             fds: None,
+            confinement: Confinement::default(),
             launch: monitor::Launch {
                 host: Some(host),
                 ..Default::default()
@@ -546,6 +551,7 @@ struct Prepared {
     cgroup: PodCgroup,
     /// A VM's.
     fds: Option<LaunchFds>,
+    confinement: Confinement,
     launch: monitor::Launch,
     huge_pages: u64,
 }

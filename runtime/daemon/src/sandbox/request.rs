@@ -3,6 +3,7 @@
 use podvisor_network::{PortMapping, Protocol};
 use podvisor_proto::cri;
 
+use crate::confinement;
 use crate::error::{Error, Result};
 use crate::user_namespace;
 
@@ -84,7 +85,7 @@ fn namespace_options(config: &cri::PodSandboxConfig) -> cri::NamespaceOption {
 /// Refuses what a VM cannot give.
 ///
 /// # Errors
-/// FAILED_PRECONDITION; INVALID_ARGUMENT for user namespaces that the CRI does not have.
+/// FAILED_PRECONDITION; INVALID_ARGUMENT for what is no profile, no label, and for user namespaces that the CRI does not have.
 pub fn for_a_vm(config: &cri::PodSandboxConfig) -> Result<()> {
     let options = namespace_options(config);
     for (field, mode, what) in [
@@ -98,6 +99,7 @@ pub fn for_a_vm(config: &cri::PodSandboxConfig) -> Result<()> {
             )));
         }
     }
+    confinement::of_vm(config)?;
     user_namespace::of_pod(config).map(drop)
 }
 

@@ -7,7 +7,7 @@ use oci_spec::runtime::{Capability, Process, Spec};
 use podvisor_proto::cri;
 
 use super::capabilities;
-use super::confinement::Confinement;
+use crate::confinement::Confinement;
 use crate::host::HostPod;
 
 /// linux/capability.h

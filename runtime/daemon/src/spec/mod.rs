@@ -5,7 +5,6 @@
 //! host it is the monitor that adds them.
 
 mod capabilities;
-mod confinement;
 pub mod devices;
 mod host;
 mod namespaces;
@@ -21,10 +20,10 @@ use oci_spec::runtime::{
 };
 use podvisor_proto::{agent, cri};
 
+use crate::confinement::{self, Confinement};
 use crate::error::{Error, Result};
 use crate::host::HostPod;
 use crate::user_namespace;
-use confinement::Confinement;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -91,7 +90,9 @@ pub fn build(
         });
     }
     let confinement = match surroundings.host_pod {
-        None => confinement::check(&security).map(|()| Confinement::default())?,
+        None => {
+            confinement::in_vm(&security, surroundings.sandbox).map(|()| Confinement::default())?
+        }
         Some(_) => confinement::on_host(&security)?,
     };
     let namespaces = match surroundings.host_pod {

@@ -6,6 +6,7 @@ use tracing::{info, warn};
 
 use super::{FsServer, Source, Volume, server};
 use crate::cgroup::PodCgroup;
+use crate::confinement;
 use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
 use crate::inventory;
@@ -113,11 +114,18 @@ impl Daemon {
         place: &mut Option<Arc<FsServer>>,
     ) -> Result<Arc<FsServer>> {
         let record = pod.record();
-        let parent = self.cgroup_parent(&record.config.unwrap_or_default());
+        let config = record.config.unwrap_or_default();
+        let parent = self.cgroup_parent(&config);
         let leaf = inventory::cgroup_leaf(&self.config.run_dir, &pod.id);
         let cgroup = PodCgroup::at(&parent, &leaf)?;
         let binary = self.config.fs_path().map_err(Error::io("podvisor-fs"))?;
-        let server = FsServer::start(&binary, &self.sandbox_dir(&pod.id), &cgroup).await?;
+        let server = FsServer::start(
+            &binary,
+            &self.sandbox_dir(&pod.id),
+            &cgroup,
+            &confinement::of_vm(&config)?,
+        )
+        .await?;
         let server = Arc::new(server);
         info!(sandbox = pod.id, pid = server.pid(), "podvisor-fs runs");
         // Recorded before anybody is told of it.

@@ -20,6 +20,7 @@ use tokio::time::timeout;
 
 use super::{Source, Volume, mount};
 use crate::cgroup::PodCgroup;
+use crate::confinement::Confinement;
 use crate::error::{Error, Result};
 use crate::pidfd::{PidFd, start_time};
 
@@ -46,7 +47,12 @@ impl FsServer {
     ///
     /// # Errors
     /// Nothing is left then.
-    pub async fn start(binary: &Path, dir: &Path, cgroup: &PodCgroup) -> Result<Self> {
+    pub async fn start(
+        binary: &Path,
+        dir: &Path,
+        cgroup: &PodCgroup,
+        confinement: &Confinement,
+    ) -> Result<Self> {
         let failed = |step: &str| Error::io(format!("{}: {step}", binary.display()));
         let shares = shares(dir);
         match fs::create_dir(&shares) {
@@ -67,6 +73,7 @@ impl FsServer {
             .stderr(log);
         // A group of its own: what a terminal sends to podvisord is not for it.
         command.process_group(0);
+        confinement.confine(command.as_std_mut());
         // Dropped, it lives on, and is reaped when it ends. Here it ends when `ours` is closed.
         let mut child = command.spawn().map_err(failed("cannot be started"))?;
         drop(command);
