@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
 
@@ -427,14 +427,19 @@ fn an_attached_terminal_on_the_host() {
     an_attached_terminal_works("runc");
 }
 
-/// Asks for a port that is forwarded to; what comes back.
+/// Has a server behind a port that is forwarded to say `text` back; None when nothing comes.
 fn ask(port: u16, text: &str) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    let length = text.len();
+    let head = format!("POST /cgi-bin/echo HTTP/1.0\r\nContent-Length: {length}\r\n\r\n");
+    stream.write_all(head.as_bytes()).ok()?;
     stream.write_all(text.as_bytes()).ok()?;
-    stream.shutdown(Shutdown::Write).ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
-    Some(answer).filter(|answer| !answer.is_empty())
+    let (_, body) = answer
+        .split_once("\n\n")
+        .or_else(|| answer.split_once("\r\n\r\n"))?;
+    Some(body.to_owned())
 }
 
 fn port_forward_works(handler: &'static str, linux: &Value) {
@@ -445,8 +450,10 @@ fn port_forward_works(handler: &'static str, linux: &Value) {
         .by_handler(handler)
         .with("linux", linux.clone());
     let id = daemon.run_pod(&pod);
-    // Each answers what it is asked, in the pod's loopback interface alone.
-    let script = "nc -lk -s 127.0.0.1 -p 80 -e cat & nc -lk -s ::1 -p 81 -e cat & sleep 10000";
+    // In the pod's loopback interface alone.
+    let script = "mkdir -p /www/cgi-bin; cd /www/cgi-bin; \
+                  echo '#!/bin/sh' > echo; echo echo >> echo; echo 'exec cat' >> echo; chmod +x echo; \
+                  httpd -p 127.0.0.1:80 -h /www; httpd -p [::1]:81 -h /www; exec sleep 10000";
     let mut config = shell("c", &busybox(), script);
     config["linux"]["security_context"] = linux["security_context"].clone();
     let container = daemon.create_started(&id, &pod, &config);
@@ -466,7 +473,8 @@ fn port_forward_works(handler: &'static str, linux: &Value) {
         let pairs = ports.map(|(local, remote)| format!("{local}:{remote}"));
         args.extend(pairs.iter().map(String::as_str));
         let client = daemon.crictl_spawn(&args);
-        eventually("the first answer", || ask(ports[0].0, "hello"));
+        let answer = eventually("the first answer", || ask(ports[0].0, "hello"));
+        assert_eq!(answer, "hello");
         // Several at once, and more than any buffer.
         let text = "0123456789abcdef".repeat(16 * 1024);
         std::thread::scope(|scope| {
