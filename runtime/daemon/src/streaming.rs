@@ -371,6 +371,6 @@ impl Terminal {
             }
         }
         // No more sizes will come: the session goes on.
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }

@@ -18,8 +18,8 @@ use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
-/// Tokens that may wait.
-const MAX_TOKENS: usize = 64;
+/// Tokens that may wait: those of as many execs as may begin at once, too.
+const MAX_TOKENS: usize = 256;
 
 /// How long a token may wait.
 const LIFETIME: Duration = Duration::from_mins(1);

@@ -219,3 +219,46 @@ impl Idle {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_is_idle_from_the_last_byte_on() {
+        let limit = Duration::from_secs(10);
+        let begin = Instant::now();
+        let idle = Arc::new(Idle::new(limit));
+        let touched = Arc::clone(&idle);
+        let touching = tokio::spawn(async move {
+            sleep_until(begin + Duration::from_secs(7)).await;
+            touched.touch();
+        });
+        idle.expired().await;
+        assert_eq!(begin.elapsed(), Duration::from_secs(17));
+        touching.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_queued_is_written_to_the_end() {
+        let (outbox, frames) = outbox();
+        let (mut client, server) = tokio::io::duplex(3);
+        let writing = tokio::spawn(async move {
+            write_frames(server, frames, &Idle::new(Duration::from_secs(1))).await
+        });
+        for _ in 0..10 {
+            outbox.frame(&b"frame"[..]).await.unwrap();
+            if outbox.0.capacity() == 0 {
+                break;
+            }
+        }
+        let mut first = [0; 10];
+        client.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"frameframe");
+        outbox.end().await;
+        let mut rest = Vec::new();
+        client.read_to_end(&mut rest).await.unwrap();
+        assert!(rest.chunks(5).all(|frame| frame == b"frame"));
+        writing.await.unwrap().unwrap();
+    }
+}

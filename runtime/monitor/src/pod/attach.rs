@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::relay::{self, ClientStreams, ProcessEnd};
 use super::streams::asynchronous;
-use super::{Pod, PodError};
+use super::{MAX_SESSIONS, Pod, PodError};
 use crate::log::taps::{Tapped, TooSlow};
 
 /// A container's standard input, held open between callers.
@@ -66,6 +66,9 @@ impl Pod {
         started: oneshot::Sender<()>,
         caller_gone: CancellationToken,
     ) -> Result<(), PodError> {
+        let Ok(_slot) = self.session_slots.try_acquire() else {
+            return Err(PodError::TooManyExecs(MAX_SESSIONS));
+        };
         let id = request.container_id;
         let client = ClientStreams::take(&self.fds, &request.streams.unwrap_or_default())?;
         let container = self.container(&id)?;

@@ -147,12 +147,16 @@ impl Pod {
         let streams = exec.start(&request.args, wanted).await?;
         // A caller that is gone already is noticed below.
         let _ = started.send(());
-        tokio::select! {
-            code = exec.carry(streams, client, wanted) => return code,
-            () = caller_gone.cancelled() => {}
-        }
+        let failed = tokio::select! {
+            ended = exec.carry(streams, client, wanted) => match ended {
+                // It runs, and nobody can reach it.
+                Err(error @ PodError::Stream(_)) => error,
+                ended => return ended,
+            },
+            () = caller_gone.cancelled() => PodError::Cancelled,
+        };
         exec.kill().await;
-        Err(PodError::Cancelled)
+        Err(failed)
     }
 
     /// Sets the size of a terminal.

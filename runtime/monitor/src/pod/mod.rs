@@ -62,8 +62,8 @@ use runner::Runner;
 /// Execs at a time: each may keep its output in our memory.
 const MAX_EXECS: usize = 64;
 
-/// Execs with streams of their callers, at a time: they keep nothing, but each has descriptors. Below the agent's own
-/// limit, which is each container's.
+/// Execs and attaches with streams of their callers, at a time: they keep nothing, but each has descriptors and is a call
+/// of podvisord's. Below the agent's own limit, which is each container's.
 const MAX_SESSIONS: usize = 250;
 
 /// How long the streams of a VM that is gone may take to end.
@@ -91,7 +91,7 @@ pub enum PodError {
     #[error("cancelled")]
     Cancelled,
     /// Too many execs.
-    #[error("{0} commands run already")]
+    #[error("{0} commands or clients are there already")]
     TooManyExecs(usize),
     /// An OCI runtime.
     #[error(transparent)]
