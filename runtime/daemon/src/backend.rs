@@ -21,6 +21,14 @@ pub struct Choice {
 }
 
 impl Choice {
+    /// The backend as the configuration file names it.
+    pub fn name(&self) -> &'static str {
+        match self.backend {
+            Backend::Kvm => "kvm",
+            Backend::Qemu => "qemu",
+        }
+    }
+
     /// As `config` says. Where it leaves the choice, KVM is taken only when the monitor's probe guest ran on it: a
     /// /dev/kvm that opens is no proof (design, "The VM").
     pub async fn make(config: &Config) -> Self {

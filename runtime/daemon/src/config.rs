@@ -80,6 +80,8 @@ pub struct Config {
     pub cgroup: Cgroup,
     /// Exec, attach and port-forward.
     pub streaming: Streaming,
+    /// What podvisord counts.
+    pub metrics: Metrics,
 }
 
 /// `[handlers.NAME]`
@@ -190,6 +192,14 @@ pub struct Streaming {
     pub creation_timeout_s: u64,
 }
 
+/// `[metrics]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// Address and port of the HTTP server; empty: none.
+    pub address: String,
+}
+
 /// How a kubelet writes `cgroup_parent`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -229,6 +239,7 @@ impl Default for Config {
             image: Image::default(),
             cgroup: Cgroup::default(),
             streaming: Streaming::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -357,6 +368,13 @@ impl Config {
         }
         if self.streaming.idle_timeout_s == 0 || self.streaming.creation_timeout_s == 0 {
             return refuse("streaming", "a timeout of 0 s ends every session");
+        }
+        let address = &self.metrics.address;
+        if !address.is_empty() && address.parse::<SocketAddr>().is_err() {
+            return refuse(
+                "metrics.address",
+                "neither empty nor an address with a port",
+            );
         }
         let parent = Path::new(&self.cgroup.parent);
         if !parent.is_absolute() && parent.extension().is_none_or(|suffix| suffix != "slice") {

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::ids::Names;
 use crate::inventory::Places;
+use crate::metrics::Metrics;
 use crate::monitor::{Monitor, read_state_file};
 use crate::pod::{Pod, Pods};
 use crate::store::Store;
@@ -45,6 +46,8 @@ pub struct Daemon {
     pub sandbox_names: Names,
     /// Container names in use.
     pub container_names: Names,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 impl std::fmt::Debug for Daemon {

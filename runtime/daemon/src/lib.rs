@@ -31,6 +31,7 @@
 //! | [`pidfd`]        | processes, held without the danger of reused pids                     |
 //! | [`resources`]    | new limits for containers, and the CPUs that a pod runs on            |
 //! | [`config`]       | the configuration file                                                |
+//! | [`metrics`]      | what is counted, for Prometheus                                       |
 //! | [`error`]        | what can go wrong, and its gRPC code                                  |
 //! | [`backend`]      | what VMs run on: our VMM or QEMU, KVM or software                     |
 //! | [`server`]       | from a configuration to a served socket                               |
@@ -47,6 +48,7 @@ pub mod handlers;
 pub mod host;
 pub mod ids;
 pub mod inventory;
+pub mod metrics;
 pub mod monitor;
 pub mod mountinfo;
 pub mod pidfd;

@@ -15,7 +15,7 @@ use podvisor_oci::rootfs::Layers;
 use podvisor_proto::control::control_server::ControlServer;
 use podvisor_proto::cri::image_service_server::ImageServiceServer;
 use podvisor_proto::cri::runtime_service_server::RuntimeServiceServer;
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -25,9 +25,11 @@ use crate::backend;
 use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::ids::Names;
+use crate::metrics::{self, Metrics};
 use crate::pod::Pods;
 use crate::services::deadline::DeadlineLayer;
 use crate::services::later::LaterLayer;
+use crate::services::metered::MeteredLayer;
 use crate::services::{MAX_MESSAGE, control::Control, image::Images, runtime::Runtime};
 use crate::store::Store;
 use crate::streaming;
@@ -58,11 +60,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(Arc::clone(&daemon).sweep_forever());
 
     let streaming = streaming::listen(&daemon).await?;
+    let address = &daemon.config.metrics.address;
+    if !address.is_empty() {
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("metrics.address: cannot listen at {address}"))?;
+        tokio::spawn(metrics::serve(listener, Arc::clone(&daemon)));
+    }
     let listener = listen(&daemon.config.socket_path())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
+        .layer(MeteredLayer(Arc::clone(&daemon)))
         .layer(DeadlineLayer)
         .layer(LaterLayer)
         .add_service(
@@ -124,6 +134,7 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
         );
     }
     Ok(Daemon {
+        metrics: Metrics::new(vmm.name()),
         vmm,
         warnings,
         store,

@@ -8,6 +8,7 @@ mod confinement;
 mod containers;
 mod host_pods;
 mod images;
+mod metrics;
 mod network;
 mod pods;
 mod resources;

@@ -75,11 +75,12 @@ impl Daemon {
             phase: Phase::Creating as i32,
             ..Default::default()
         };
-        if !record.routed.is_empty() {
+        if let Some(because) = decision.routed {
+            self.metrics.routed(because);
             info!(
                 sandbox = id,
                 handler = record.handler,
-                because = record.routed,
+                because = because.name(),
                 "routed: a VM cannot give the pod what it asks for"
             );
         }
@@ -112,6 +113,8 @@ impl Daemon {
         match created {
             Ok((monitor, snapshot)) => {
                 record.phase = Phase::Ready as i32;
+                self.metrics
+                    .started(record.timeline.iter().chain(&snapshot.timeline));
                 self.store.put_sandbox(record.clone()).await?;
                 let pod = Arc::new(Pod::new(record, name, snapshot, Some(Arc::new(monitor))));
                 self.pods.insert(Arc::clone(&pod));

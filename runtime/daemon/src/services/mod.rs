@@ -4,6 +4,7 @@ pub mod control;
 pub mod deadline;
 pub mod image;
 pub mod later;
+pub mod metered;
 pub mod runtime;
 mod status;
 
