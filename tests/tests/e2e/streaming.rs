@@ -339,7 +339,7 @@ fn attach_works(handler: &'static str) {
         daemon.exec(&container, &["touch", "/tmp/tick"]);
     };
     let looks_on = attached(&daemon, &["--transport", "websocket"], &container, &|| {
-        tick(&daemon)
+        tick(&daemon);
     });
     let mut first = attached(&daemon, &["-i"], &container, &|| tick(&daemon));
     first.types("one\n");

@@ -146,5 +146,5 @@ async fn type_in(mut client: UnixStream, input: Arc<Input>) {
         }
         input.close();
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }

@@ -104,12 +104,12 @@ impl Container {
             .as_ref()
             .ok_or_else(|| state("is not running"))?
             .taps();
-        let tap = |wanted: bool, stream| match wanted {
-            true => taps
-                .tap(stream)
-                .map(Some)
-                .ok_or_else(|| state("has too many onlookers")),
-            false => Ok(None),
+        let tap = |wanted: bool, stream| {
+            let tapped = wanted.then(|| {
+                taps.tap(stream)
+                    .ok_or_else(|| state("has too many onlookers"))
+            });
+            tapped.transpose()
         };
         Ok(Attached {
             input: run.stdin.clone().filter(|_| stdin),
