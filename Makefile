@@ -28,7 +28,7 @@ conformance: build   ## critest against podvisord on QEMU, for each handler; ski
 lint:                ## formatting, clippy, dependencies, shell scripts
 	scripts/lint
 
-fuzz:                ## hostile drivers against each virtio device, MINUTES (10) each, with a nightly compiler
+fuzz:                ## hostile drivers against each virtio device, hostile clients of streams, MINUTES (10) each, with a nightly compiler
 	scripts/fuzz $(or $(MINUTES),10)
 
 bench: build         ## costs of a pod by phase: on QEMU, on the node beside containerd, on KVM in the nested host

@@ -53,6 +53,7 @@ mod launcher;
 mod mount;
 mod network;
 mod oci;
+mod port_forward;
 mod reaper;
 mod relay;
 mod resources;

@@ -14,6 +14,8 @@ use tokio::io::unix::AsyncFd;
 const CHUNK: usize = 64 * 1024;
 /// Buffer for terminals, which splice(2) cannot join to a socket.
 const TERMINAL_CHUNK: usize = 4096;
+/// Buffer between two sockets.
+const SOCKET_CHUNK: usize = 32 * 1024;
 
 /// Moves bytes until the end of `from`. One of the two is a pipe (splice(2) needs that).
 ///
@@ -47,19 +49,27 @@ pub async fn pipe(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<
 /// # Errors
 /// As [`pipe`].
 pub async fn terminal(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    let mut buffer = [0; TERMINAL_CHUNK];
+    match copy(from, to, &mut [0; TERMINAL_CHUNK]).await {
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(()),
+        result => result,
+    }
+}
+
+/// Moves bytes from one socket to another.
+///
+/// # Errors
+/// As [`pipe`].
+pub async fn sockets(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    copy(from, to, &mut vec![0; SOCKET_CHUNK]).await
+}
+
+async fn copy(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<()> {
     loop {
-        let read = from
-            .async_io(Interest::READABLE, |fd| {
-                Ok(nix::unistd::read(fd, &mut buffer)?)
-            })
-            .await;
-        let count = match read {
-            Ok(0) => return Ok(()),
-            Ok(count) => count,
-            Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
-            Err(error) => return Err(error),
-        };
+        let read = |fd: &OwnedFd| Ok(nix::unistd::read(fd, buffer)?);
+        let count = from.async_io(Interest::READABLE, read).await?;
+        if count == 0 {
+            return Ok(());
+        }
         write_all(to, &buffer[..count]).await?;
     }
 }

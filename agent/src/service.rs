@@ -7,10 +7,10 @@ use podvisor_proto::agent::agent_server::Agent;
 use podvisor_proto::agent::{
     ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureSandboxRequest,
     ConfigureSandboxResponse, CreateContainerRequest, CreateContainerResponse, Event,
-    EventsRequest, ExecRequest, ExecResponse, HelloRequest, HelloResponse, RemoveContainerRequest,
-    RemoveContainerResponse, ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse,
-    SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse,
-    UpdateContainerRequest, UpdateContainerResponse,
+    EventsRequest, ExecRequest, ExecResponse, HelloRequest, HelloResponse, PortForwardRequest,
+    PortForwardResponse, RemoveContainerRequest, RemoveContainerResponse, ResizeRequest,
+    ResizeResponse, ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse,
+    StartContainerRequest, StartContainerResponse, UpdateContainerRequest, UpdateContainerResponse,
 };
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
@@ -182,6 +182,15 @@ impl Agent for Service {
         Ok(Response::new(ResizeResponse {}))
     }
 
+    async fn port_forward(
+        &self,
+        request: Request<PortForwardRequest>,
+    ) -> Result<Response<PortForwardResponse>, Status> {
+        let pod = self.pod.clone();
+        complete(async move { pod.port_forward(request.get_ref()).await }).await?;
+        Ok(Response::new(PortForwardResponse {}))
+    }
+
     async fn events(
         &self,
         request: Request<EventsRequest>,
@@ -249,6 +258,7 @@ fn container_code(error: &ContainerError) -> Code {
         | ContainerError::Resources(ResourcesError::InUse { .. } | ResourcesError::Set { .. })
         | ContainerError::Sandbox(SandboxError::NotConfigured)
         | ContainerError::ImageVolume(ImageVolumeError::Empty | ImageVolumeError::SubPath { .. })
+        | ContainerError::Port { .. }
         | ContainerError::Launch(LaunchError::Failed {
             kind: FailureKind::Program | FailureKind::Gone,
             ..

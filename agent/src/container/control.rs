@@ -2,16 +2,19 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::Signal;
-use podvisor_proto::agent::{ResizeRequest, SignalRequest};
+use podvisor_proto::agent::{PortForwardRequest, ResizeRequest, SignalRequest};
 
 use super::{ContainerError, Pod, State, What, kernel};
 use crate::cgroup::Cgroup;
 use crate::kmsg;
+use crate::port_forward;
+use crate::streams::Token;
 
 /// From killing all containers to the guest's end.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
@@ -35,6 +38,25 @@ impl Pod {
             Some(pidfd) => send(&pidfd, signal).map_err(kernel("signalling a process")),
             None => Ok(()),
         }
+    }
+
+    /// Connects a stream to a port of the pod's loopback interface.
+    pub async fn port_forward(&self, request: &PortForwardRequest) -> Result<(), ContainerError> {
+        let port = request.port;
+        let invalid = || ContainerError::Invalid(format!("{port} is no port"));
+        let port = u16::try_from(port).ok().filter(|&port| port > 0);
+        let port = port.ok_or_else(invalid)?;
+        let token = Token::parse(&request.stream)?;
+        let token = token.ok_or_else(|| ContainerError::Invalid("no stream".to_owned()))?;
+        let place = Arc::clone(&self.0.forwards).try_acquire_owned();
+        let place = place.map_err(|_| ContainerError::TooMany("forwarded connections"))?;
+        let host = self.0.streams.claim(token).await?;
+        let namespace = self.network_namespace();
+        let namespace = namespace.map_err(kernel("the pod's network namespace"))?;
+        let connected = port_forward::dial(port, namespace).await;
+        let connected = connected.map_err(|source| ContainerError::Port { port, source })?;
+        port_forward::forward(connected, host, place);
+        Ok(())
     }
 
     /// Sets the size of a terminal.
@@ -97,7 +119,7 @@ impl Pod {
         container_id: &str,
         exec_id: &str,
         signal: Signal,
-    ) -> Result<Option<(Option<std::sync::Arc<OwnedFd>>, Cgroup)>, ContainerError> {
+    ) -> Result<Option<(Option<Arc<OwnedFd>>, Cgroup)>, ContainerError> {
         let container = self.find(container_id)?;
         if exec_id.is_empty() {
             return match &*container.state() {

@@ -146,6 +146,9 @@ impl Container {
         if !request.env.is_empty() {
             process.env.clone_from(&request.env);
         }
+        if process.terminal && !process.env.iter().any(|entry| entry.starts_with("TERM=")) {
+            process.env.push("TERM=xterm".to_owned());
+        }
         if !request.cwd.is_empty() {
             process.cwd = request.cwd.clone().into();
         }

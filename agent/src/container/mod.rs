@@ -26,7 +26,7 @@ use std::{fmt, fs, io};
 
 use nix::sys::signal::Signal;
 use podvisor_proto::agent::{ConfigureSandboxRequest, ResolvedUser, Stdio};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinError;
 
 use crate::cgroup::Cgroup;
@@ -36,6 +36,7 @@ use crate::events::Events;
 use crate::image_volume::ImageVolumeError;
 use crate::launcher::{LaunchError, Launcher};
 use crate::oci::Process;
+use crate::port_forward;
 use crate::reaper::Reaper;
 use crate::resources::ResourcesError;
 use crate::rootfs::RootfsError;
@@ -113,6 +114,14 @@ pub enum ContainerError {
     /// See [`LaunchError`].
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    /// Nobody accepts there.
+    #[error("port {port}: {source}")]
+    Port {
+        /// Of the loopback interface.
+        port: u16,
+        /// The kernel's reason.
+        source: io::Error,
+    },
     /// The kernel refused something else.
     #[error("{action}: {source}")]
     Kernel {
@@ -169,6 +178,8 @@ struct Shared {
     pid_namespace: tokio::sync::Mutex<bool>,
     /// See [`Pod::network_namespace`].
     network_namespace: OnceLock<fs::File>,
+    /// Places for connections to its ports.
+    forwards: Arc<Semaphore>,
     launcher: Launcher,
     /// Whether the sandbox is configured.
     configured: watch::Sender<bool>,
@@ -267,6 +278,7 @@ impl Pod {
             })),
             pid_namespace: tokio::sync::Mutex::default(),
             network_namespace: OnceLock::new(),
+            forwards: Arc::new(Semaphore::new(port_forward::LIMIT)),
             launcher: Launcher::default(),
             configured: watch::Sender::new(false),
             prepared: watch::Sender::new(false),

@@ -3,7 +3,7 @@
 //! The shipped file `config.toml` lists every key with its default; a test holds the two together.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -78,6 +78,8 @@ pub struct Config {
     pub image: Image,
     /// The pods' cgroups on the host.
     pub cgroup: Cgroup,
+    /// Exec, attach and port-forward.
+    pub streaming: Streaming,
     /// What podvisord counts.
     pub metrics: Metrics,
 }
@@ -178,6 +180,18 @@ pub struct Cgroup {
     pub parent: String,
 }
 
+/// `[streaming]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Streaming {
+    /// Where the server of exec, attach and port-forward listens.
+    pub address: SocketAddr,
+    /// Seconds without a byte after which a session ends.
+    pub idle_timeout_s: u64,
+    /// Seconds that a client may take to open its streams.
+    pub creation_timeout_s: u64,
+}
+
 /// `[metrics]`
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -224,6 +238,7 @@ impl Default for Config {
             network: Network::default(),
             image: Image::default(),
             cgroup: Cgroup::default(),
+            streaming: Streaming::default(),
             metrics: Metrics::default(),
         }
     }
@@ -281,6 +296,16 @@ impl Default for Cgroup {
     }
 }
 
+impl Default for Streaming {
+    fn default() -> Self {
+        Self {
+            address: (Ipv4Addr::LOCALHOST, 0).into(),
+            idle_timeout_s: 4 * 60 * 60,
+            creation_timeout_s: 30,
+        }
+    }
+}
+
 impl Config {
     /// Reads `path`, or [`DEFAULT_PATH`] when none is named; without that file the defaults hold.
     ///
@@ -334,6 +359,15 @@ impl Config {
         }
         if self.image.parallel_layers == 0 {
             return refuse("image.parallel_layers", "at least 1");
+        }
+        if self.streaming.address.ip().is_unspecified() {
+            return refuse(
+                "streaming.address",
+                "clients are told this address: name one",
+            );
+        }
+        if self.streaming.idle_timeout_s == 0 || self.streaming.creation_timeout_s == 0 {
+            return refuse("streaming", "a timeout of 0 s ends every session");
         }
         let address = &self.metrics.address;
         if !address.is_empty() && address.parse::<SocketAddr>().is_err() {
@@ -437,6 +471,11 @@ mod tests {
             ("[vm]\nmemory_mib = 8\n", "vm.memory_mib"),
             ("[image]\nparallel_layers = 0\n", "image.parallel_layers"),
             ("[cgroup]\nparent = \"x\"\n", "cgroup.parent"),
+            (
+                "[streaming]\naddress = \"0.0.0.0:1\"\n",
+                "streaming.address",
+            ),
+            ("[streaming]\nidle_timeout_s = 0\n", "streaming"),
         ] {
             std::fs::write(&file, text).unwrap();
             let error = Config::load(Some(&file)).unwrap_err().to_string();

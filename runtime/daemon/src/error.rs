@@ -110,6 +110,9 @@ pub enum Error {
     /// podvisord's database failed.
     #[error("database: {0}")]
     Store(#[from] crate::store::StoreError),
+    /// Clients of exec, attach or port-forward do not come for their URLs.
+    #[error(transparent)]
+    Streaming(#[from] podvisor_streaming::TooMany),
     /// A system call failed.
     #[error("{context}: {source}")]
     Io {
@@ -152,6 +155,7 @@ impl Error {
             | Self::Link(_)
             | Self::Cgroup(_)
             | Self::Io { .. } => Code::Internal,
+            Self::Streaming(_) => Code::ResourceExhausted,
             Self::Cancelled => Code::Cancelled,
         }
     }

@@ -7,6 +7,7 @@
 //! |---------------|--------------------------------------------------------------------------|
 //! | [`sandbox`]   | RunPodSandbox, Stop, Remove: the VM and all that the host keeps for it   |
 //! | [`container`] | CreateContainer to Remove, ExecSync, logs                                |
+//! | [`streaming`] | Exec, Attach, PortForward: their URLs, and what clients then get           |
 //! | [`reconcile`] | what was there before this process; orphans                              |
 //!
 //! and who use
@@ -59,6 +60,7 @@ pub mod server;
 pub mod services;
 pub mod spec;
 pub mod store;
+pub mod streaming;
 pub mod user_namespace;
 mod vm_size;
 pub mod volumes;

@@ -1,7 +1,7 @@
 //! podvisord's end of a pod's monitor: starting one, finding one again after a restart, calling it,
 //! and learning at once that it died.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -221,8 +221,16 @@ impl Monitor {
     /// # Errors
     /// The monitor does not take it in time.
     pub async fn send_fd(&self, fd: impl AsFd) -> Result<Vec<u8>> {
+        self.send_fds(&[fd.as_fd()]).await
+    }
+
+    /// Hands file descriptors over as one token.
+    ///
+    /// # Errors
+    /// The monitor does not take them in time.
+    pub async fn send_fds(&self, fds: &[BorrowedFd<'_>]) -> Result<Vec<u8>> {
         let token = Token::random();
-        podvisor_monitor::fd_socket::send(&self.dir.path("fd.sock"), token, &[fd.as_fd()])
+        podvisor_monitor::fd_socket::send(&self.dir.path("fd.sock"), token, fds)
             .await
             .map_err(|error| Error::MonitorUnreachable(error.to_string()))?;
         Ok(token.to_vec())

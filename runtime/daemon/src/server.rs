@@ -32,6 +32,7 @@ use crate::services::later::LaterLayer;
 use crate::services::metered::MeteredLayer;
 use crate::services::{MAX_MESSAGE, control::Control, image::Images, runtime::Runtime};
 use crate::store::Store;
+use crate::streaming;
 
 /// One run of one CNI plugin.
 const PLUGIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -58,6 +59,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     daemon.reconcile().await?;
     tokio::spawn(Arc::clone(&daemon).sweep_forever());
 
+    let streaming = streaming::listen(&daemon).await?;
     let address = &daemon.config.metrics.address;
     if !address.is_empty() {
         let listener = TcpListener::bind(address)
@@ -74,7 +76,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .layer(DeadlineLayer)
         .layer(LaterLayer)
         .add_service(
-            RuntimeServiceServer::new(Runtime::new(Arc::clone(&daemon)))
+            RuntimeServiceServer::new(Runtime::new(Arc::clone(&daemon), streaming))
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE),
         )

@@ -15,8 +15,9 @@ use podvisor_proto::agent::agent_client::AgentClient;
 use podvisor_proto::agent::{
     ConfigureNetworkRequest, ConfigureSandboxRequest, CreateContainerRequest,
     CreateContainerResponse, Event, EventsRequest, ExecRequest, HelloRequest, HelloResponse,
-    RemoveContainerRequest, RemoveContainerResponse, ShutdownRequest, SignalRequest,
-    StartContainerRequest, StartContainerResponse, UpdateContainerRequest,
+    PortForwardRequest, RemoveContainerRequest, RemoveContainerResponse, ResizeRequest,
+    ShutdownRequest, SignalRequest, StartContainerRequest, StartContainerResponse,
+    UpdateContainerRequest,
 };
 use thiserror::Error;
 use tokio::net::UnixStream;
@@ -203,6 +204,18 @@ impl Agent {
 
     pub async fn signal(&self, request: SignalRequest) -> Result<(), AgentError> {
         call("Signal", deadline::SIGNAL, self.client().signal(request)).await?;
+        Ok(())
+    }
+
+    pub async fn resize(&self, request: ResizeRequest) -> Result<(), AgentError> {
+        call("Resize", deadline::SIGNAL, self.client().resize(request)).await?;
+        Ok(())
+    }
+
+    pub async fn port_forward(&self, request: PortForwardRequest) -> Result<(), AgentError> {
+        let mut client = self.client();
+        let answer = client.port_forward(request);
+        call("PortForward", deadline::EXEC, answer).await?;
         Ok(())
     }
 

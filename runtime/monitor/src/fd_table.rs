@@ -18,8 +18,8 @@ use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
-/// Tokens that may wait.
-const MAX_TOKENS: usize = 64;
+/// Tokens that may wait: those of as many execs as may begin at once, too.
+const MAX_TOKENS: usize = 256;
 
 /// How long a token may wait.
 const LIFETIME: Duration = Duration::from_mins(1);
@@ -52,6 +52,14 @@ impl FdTable {
         let token = Token::from_bytes(token)?;
         let mut waiting = self.lock().remove(&token)?;
         waiting.fds.pop().map(File::from)
+    }
+
+    /// Takes the descriptors that came as `token`: `count` of them. `None` when others did, or none.
+    pub fn take_all(&self, token: &[u8], count: usize) -> Option<Vec<OwnedFd>> {
+        let token = Token::from_bytes(token)?;
+        let mut waiting = self.lock().remove(&token)?;
+        let fds = std::mem::take(&mut waiting.fds);
+        (fds.len() == count).then_some(fds)
     }
 
     /// Stores `fds`. False when the table is full or the token is taken.

@@ -60,6 +60,10 @@ const GUEST_CID: u64 = 3;
 /// For containers that run when SIGTERM comes.
 const SIGTERM_GRACE: Duration = Duration::from_secs(10);
 
+/// Calls at a time on podvisord's one connection: execs and attaches are calls for as long as they last, and must leave room
+/// for others. (hyper's own limit is 200.)
+const MAX_CALLS: u32 = 1024;
+
 /// How long connections may stay open after the last answer.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -277,6 +281,7 @@ async fn serve(pod: &Arc<Pod>, listener: UnixListener) -> anyhow::Result<()> {
     let listener = tokio::net::UnixListener::from_std(listener).context("the gRPC socket")?;
     let finished = pod.finished();
     let server = Server::builder()
+        .max_concurrent_streams(MAX_CALLS)
         .add_service(MonitorServer::new(service::Service::new(Arc::clone(pod))))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), finished.cancelled());
     let server = std::pin::pin!(server);

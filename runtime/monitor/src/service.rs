@@ -7,13 +7,16 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use podvisor_proto::monitor::monitor_server::Monitor;
 use podvisor_proto::monitor::{
-    ConfigureRequest, ConfigureResponse, ConsoleChunk, ConsoleRequest, CreateContainerRequest,
-    CreateContainerResponse, ExecSyncRequest, ExecSyncResponse, RemoveContainerRequest,
-    RemoveContainerResponse, ReopenLogRequest, ReopenLogResponse, ShutdownRequest,
-    ShutdownResponse, Snapshot, StartContainerRequest, StartContainerResponse,
-    StopContainerRequest, StopContainerResponse, UpdateContainerRequest, UpdateContainerResponse,
-    VmStatsRequest, VmStatsResponse, WatchRequest,
+    AttachRequest, AttachResponse, ConfigureRequest, ConfigureResponse, ConsoleChunk,
+    ConsoleRequest, CreateContainerRequest, CreateContainerResponse, ExecRequest, ExecResponse,
+    ExecSyncRequest, ExecSyncResponse, PortForwardRequest, PortForwardResponse,
+    RemoveContainerRequest, RemoveContainerResponse, ReopenLogRequest, ReopenLogResponse,
+    ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse, Snapshot,
+    StartContainerRequest, StartContainerResponse, StopContainerRequest, StopContainerResponse,
+    UpdateContainerRequest, UpdateContainerResponse, VmStatsRequest, VmStatsResponse, WatchRequest,
 };
+use tokio::sync::oneshot;
+use tokio::task::JoinError;
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
 use tonic::codegen::BoxStream;
@@ -47,8 +50,40 @@ impl Service {
 async fn detached<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
 ) -> Result<T, PodError> {
-    let task = tokio::spawn(work).await;
-    task.map_err(|panic| PodError::Internal(panic.to_string()))
+    tokio::spawn(work).await.map_err(internal)
+}
+
+/// Runs `work` as a task of its own. The answer begins when the work says that it has started, and ends with what the
+/// work gives. When the caller goes away, the work is told.
+async fn session<T, F>(
+    work: impl FnOnce(oneshot::Sender<()>, CancellationToken) -> F,
+) -> Result<Response<BoxStream<T>>, Status>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<Option<T>, PodError>> + Send + 'static,
+{
+    let caller_gone = CancellationToken::new();
+    // Dropped with the answer when the caller goes away.
+    let told_on_drop = caller_gone.clone().drop_guard();
+    let (started, has_started) = oneshot::channel();
+    let work = tokio::spawn(work(started, caller_gone));
+    if has_started.await.is_err() {
+        // It has ended without: a refusal.
+        let refused = work.await.map_err(internal)?.err();
+        return Err(refused.unwrap_or(PodError::Cancelled).into());
+    }
+    let end = async move {
+        let _told_on_drop = told_on_drop;
+        Ok(work.await.map_err(internal)??)
+    };
+    let messages = futures_util::stream::once(end)
+        .filter_map(|ended: Result<_, Status>| std::future::ready(ended.transpose()));
+    Ok(Response::new(Box::pin(messages)))
+}
+
+/// A task of ours has panicked.
+fn internal(panic: JoinError) -> PodError {
+    PodError::Internal(panic.to_string())
 }
 
 fn no_vm() -> Status {
@@ -154,6 +189,46 @@ impl Monitor for Service {
         let _told_on_drop = caller_gone.clone().drop_guard();
         let work = async move { pod.exec_sync(request.into_inner(), caller_gone).await };
         Ok(Response::new(detached(work).await??))
+    }
+
+    async fn exec(
+        &self,
+        request: Request<ExecRequest>,
+    ) -> Result<Response<BoxStream<ExecResponse>>, Status> {
+        let (pod, request) = (Arc::clone(&self.pod), request.into_inner());
+        let work = |started, caller_gone| async move {
+            let exit_code = pod.exec(request, started, caller_gone).await?;
+            Ok(Some(ExecResponse { exit_code }))
+        };
+        session(work).await
+    }
+
+    async fn attach(
+        &self,
+        request: Request<AttachRequest>,
+    ) -> Result<Response<BoxStream<AttachResponse>>, Status> {
+        let (pod, request) = (Arc::clone(&self.pod), request.into_inner());
+        let work = |started, caller_gone| async move {
+            pod.attach(request, started, caller_gone).await?;
+            Ok(None)
+        };
+        session(work).await
+    }
+
+    async fn resize(
+        &self,
+        request: Request<ResizeRequest>,
+    ) -> Result<Response<ResizeResponse>, Status> {
+        self.pod.resize(request.into_inner()).await?;
+        Ok(Response::new(ResizeResponse {}))
+    }
+
+    async fn port_forward(
+        &self,
+        request: Request<PortForwardRequest>,
+    ) -> Result<Response<PortForwardResponse>, Status> {
+        self.pod.port_forward(request.into_inner()).await?;
+        Ok(Response::new(PortForwardResponse {}))
     }
 
     async fn console(

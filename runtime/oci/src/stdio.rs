@@ -29,6 +29,38 @@ pub struct Streams {
     pub stderr: Option<OwnedFd>,
 }
 
+/// A terminal whose size can be set; open for as long as this is.
+#[derive(Debug)]
+pub struct Terminal(OwnedFd);
+
+impl Terminal {
+    /// The one that a process's stream belongs to.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn of(stream: &OwnedFd) -> io::Result<Self> {
+        stream.try_clone().map(Self)
+    }
+
+    /// Sets the size, in characters (`TIOCSWINSZ`, ioctl_tty(2)).
+    ///
+    /// # Errors
+    /// More than 65535, or the kernel refuses.
+    pub fn resize(&self, columns: u32, rows: u32) -> io::Result<()> {
+        let number = |number: u32| u16::try_from(number).map_err(io::Error::other);
+        let size = libc::winsize {
+            ws_row: number(rows)?,
+            ws_col: number(columns)?,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        // SAFETY: a descriptor, and a structure that lives through the call.
+        let set = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+        nix::errno::Errno::result(set)?;
+        Ok(())
+    }
+}
+
 /// The process's ends, for the runtime's command to inherit.
 #[derive(Debug, Default)]
 struct Pipes {

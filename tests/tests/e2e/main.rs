@@ -15,5 +15,6 @@ mod resources;
 mod restart;
 mod security;
 mod stop;
+mod streaming;
 mod user_namespaces;
 mod volumes;

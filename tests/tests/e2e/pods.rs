@@ -252,9 +252,6 @@ fn what_comes_later_says_its_name() {
             assert_later(answer, name);
         }};
     }
-    later!(call, exec, ExecRequest);
-    later!(call, attach, AttachRequest);
-    later!(call, port_forward, PortForwardRequest);
     later!(call, container_stats, ContainerStatsRequest);
     later!(call, list_container_stats, ListContainerStatsRequest);
     later!(call, pod_sandbox_stats, PodSandboxStatsRequest);

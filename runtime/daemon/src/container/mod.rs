@@ -371,7 +371,8 @@ impl Daemon {
     }
 }
 
-fn running_monitor(container: &Container) -> Result<Arc<Monitor>> {
+/// The monitor of a container that runs.
+pub fn running_monitor(container: &Container) -> Result<Arc<Monitor>> {
     let state = container.state().state();
     if state != monitor::ContainerState::Running {
         return Err(Error::Precondition(format!(

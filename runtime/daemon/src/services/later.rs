@@ -9,12 +9,9 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 
 /// Paths of the RPCs that are not implemented yet.
-pub const LATER: [&str; 21] = [
+pub const LATER: [&str; 18] = [
     "/runtime.v1.RuntimeService/StreamPodSandboxes",
     "/runtime.v1.RuntimeService/StreamContainers",
-    "/runtime.v1.RuntimeService/Exec",
-    "/runtime.v1.RuntimeService/Attach",
-    "/runtime.v1.RuntimeService/PortForward",
     "/runtime.v1.RuntimeService/ContainerStats",
     "/runtime.v1.RuntimeService/ListContainerStats",
     "/runtime.v1.RuntimeService/StreamContainerStats",

@@ -15,17 +15,19 @@ use crate::handlers::{ROUTED_BECAUSE, ROUTED_TO};
 use crate::pod::{Container, Pod};
 use crate::spec::signal;
 use crate::store::SandboxRecord;
+use crate::streaming::StreamingServer;
 
 /// Serves CRI's runtime half.
 #[derive(Debug)]
 pub struct Runtime {
     daemon: Arc<Daemon>,
+    streaming: StreamingServer,
 }
 
 impl Runtime {
     /// A service for `daemon`.
-    pub fn new(daemon: Arc<Daemon>) -> Self {
-        Self { daemon }
+    pub fn new(daemon: Arc<Daemon>, streaming: StreamingServer) -> Self {
+        Self { daemon, streaming }
     }
 }
 
@@ -270,6 +272,39 @@ impl RuntimeService for Runtime {
                 stderr: done.stderr,
                 exit_code: done.exit_code as i32,
             }),
+        )
+    }
+
+    #[instrument(skip_all, name = "Exec", fields(container = request.get_ref().container_id))]
+    async fn exec(
+        &self,
+        request: Request<cri::ExecRequest>,
+    ) -> Result<Response<cri::ExecResponse>, Status> {
+        let exec = self.daemon.check_exec(request.into_inner());
+        let result = exec.and_then(|exec| Ok(self.streaming.exec(exec)?));
+        answer(Level::INFO, result.map(|url| cri::ExecResponse { url }))
+    }
+
+    #[instrument(skip_all, name = "Attach", fields(container = request.get_ref().container_id))]
+    async fn attach(
+        &self,
+        request: Request<cri::AttachRequest>,
+    ) -> Result<Response<cri::AttachResponse>, Status> {
+        let attach = self.daemon.check_attach(request.into_inner());
+        let result = attach.and_then(|attach| Ok(self.streaming.attach(attach)?));
+        answer(Level::INFO, result.map(|url| cri::AttachResponse { url }))
+    }
+
+    #[instrument(skip_all, name = "PortForward", fields(sandbox = request.get_ref().pod_sandbox_id))]
+    async fn port_forward(
+        &self,
+        request: Request<cri::PortForwardRequest>,
+    ) -> Result<Response<cri::PortForwardResponse>, Status> {
+        let forward = self.daemon.check_port_forward(request.into_inner());
+        let result = forward.and_then(|forward| Ok(self.streaming.port_forward(forward)?));
+        answer(
+            Level::INFO,
+            result.map(|url| cri::PortForwardResponse { url }),
         )
     }
 }

@@ -22,6 +22,7 @@ use tracing::{debug, warn};
 
 use super::LogSink;
 use super::format::{Formatter, Stream};
+use super::taps::Taps;
 
 /// Bytes read at once.
 const READ_SIZE: usize = 32 * 1024;
@@ -47,6 +48,7 @@ pub struct Pump {
     /// Its other end becomes readable when the streams shall be cut: this is dropped.
     cut: UnixStream,
     bytes_read: Arc<AtomicU64>,
+    taps: Taps,
     ended: oneshot::Receiver<()>,
 }
 
@@ -62,12 +64,14 @@ impl Pump {
         }
         let (cut, is_cut) = UnixStream::pair()?;
         let bytes_read = Arc::new(AtomicU64::new(0));
+        let taps = Taps::default();
         let (report_end, ended) = oneshot::channel();
         let thread = PumpThread {
             sources: streams.into_iter().map(Source::new).collect(),
             log,
             is_cut,
             bytes_read: Arc::clone(&bytes_read),
+            taps: taps.clone(),
             batch: Vec::new(),
         };
         std::thread::Builder::new()
@@ -81,8 +85,14 @@ impl Pump {
         Ok(Self {
             cut,
             bytes_read,
+            taps,
             ended,
         })
+    }
+
+    /// Who looks on.
+    pub fn taps(&self) -> &Taps {
+        &self.taps
     }
 
     /// Waits until all that the process wrote is in the log. Called after its end. Streams that stay
@@ -124,6 +134,7 @@ impl Pump {
 }
 
 struct Source {
+    kind: Stream,
     stream: File,
     formatter: Formatter,
 }
@@ -131,6 +142,7 @@ struct Source {
 impl Source {
     fn new((kind, stream): (Stream, File)) -> Self {
         Self {
+            kind,
             stream,
             formatter: Formatter::new(kind),
         }
@@ -142,6 +154,7 @@ struct PumpThread {
     log: Arc<LogSink>,
     is_cut: UnixStream,
     bytes_read: Arc<AtomicU64>,
+    taps: Taps,
     batch: Vec<u8>,
 }
 
@@ -172,6 +185,7 @@ impl PumpThread {
         let mut source = self.sources.swap_remove(index);
         source.formatter.finish(SystemTime::now(), &mut self.batch);
         self.flush();
+        self.taps.end(source.kind);
     }
 
     /// What a stream holds that is about to be cut; a process that goes on writing is not listened to for ever.
@@ -220,6 +234,7 @@ impl PumpThread {
                 );
             }
         };
+        self.taps.show(source.kind, &buffer[..count]);
         let time = SystemTime::now();
         let mut input = &buffer[..count];
         while !input.is_empty() {

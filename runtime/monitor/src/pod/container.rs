@@ -1,13 +1,14 @@
 //! What the monitor keeps of one container besides its public record, and how it ends.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use podvisor_proto::agent::Exit;
 use podvisor_proto::monitor::{self, ContainerState};
 use tracing::{debug, info};
 
-use super::Pod;
+use super::attach::{Attached, Input};
+use super::{Pod, PodError};
+use crate::log::format::Stream;
 use crate::log::{LogSink, Pump};
 use crate::state::now_ns;
 
@@ -25,6 +26,8 @@ pub struct Container {
     pub fingerprint: u64,
     /// Whether its standard input stays open for an attach.
     pub stdin: bool,
+    /// Whether that ends with the first client's.
+    pub stdin_once: bool,
     /// Whether it has a terminal.
     pub terminal: bool,
     /// Layers it uses.
@@ -42,8 +45,8 @@ struct Run {
     phase: Phase,
     /// Moves its output into the log.
     pump: Option<Pump>,
-    /// Held open for attach; nothing is written.
-    stdin: Option<OwnedFd>,
+    /// Held open for attach.
+    stdin: Option<Arc<Input>>,
     out_of_memory: bool,
     /// The last signal that StopContainer sent.
     stop_signal: Option<u32>,
@@ -71,6 +74,7 @@ impl Container {
             id: request.id.clone(),
             fingerprint,
             stdin: request.stdin,
+            stdin_once: request.stdin_once,
             terminal: request.terminal,
             diff_ids: diff_ids.map(|layer| layer.diff_id.clone()).collect(),
             log: Arc::new(log),
@@ -85,10 +89,33 @@ impl Container {
     }
 
     /// Keeps the streams of its process.
-    pub fn set_streams(&self, pump: Option<Pump>, stdin: Option<OwnedFd>) {
+    pub fn set_streams(&self, pump: Pump, stdin: Option<Input>) {
         let mut run = self.run();
-        run.pump = pump;
-        run.stdin = stdin;
+        run.pump = Some(pump);
+        run.stdin = stdin.map(Arc::new);
+    }
+
+    /// What a caller sees of those of stdin, stdout and stderr that it wants, from now on.
+    pub fn attach(&self, [stdin, stdout, stderr]: [bool; 3]) -> Result<Attached, PodError> {
+        let run = self.run();
+        let state = |problem: &str| PodError::State(format!("container {} {problem}", self.id));
+        let taps = run
+            .pump
+            .as_ref()
+            .ok_or_else(|| state("is not running"))?
+            .taps();
+        let tap = |wanted: bool, stream| {
+            let tapped = wanted.then(|| {
+                taps.tap(stream)
+                    .ok_or_else(|| state("has too many onlookers"))
+            });
+            tapped.transpose()
+        };
+        Ok(Attached {
+            input: run.stdin.clone().filter(|_| stdin),
+            stdout: tap(stdout, Stream::Stdout)?,
+            stderr: tap(stderr, Stream::Stderr)?,
+        })
     }
 
     /// The agent has started it. True when it has already ended.

@@ -1,26 +1,33 @@
-//! ExecSync: a command in a running container, with its output.
+//! Commands in a running container: ExecSync, with its output in the answer, and Exec, with streams of the caller's.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use podvisor_monitor::fd_socket::Token;
 use podvisor_oci::stdio::{Streams, Wanted};
-use podvisor_proto::agent::Exit;
-use podvisor_proto::monitor::{ContainerState, ExecSyncRequest, ExecSyncResponse};
+use podvisor_proto::agent::{self, Exit};
+use podvisor_proto::monitor::{
+    ContainerState, ExecRequest, ExecSyncRequest, ExecSyncResponse, ResizeRequest,
+};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::guest::kill_all;
+use super::relay::{self, ClientStreams};
 use super::runner::Runner;
 use super::streams::capture;
-use super::{Pod, PodError};
+use super::{MAX_EXECS, MAX_SESSIONS, Pod, PodError};
 use crate::agent::AgentError;
 
 /// Most output kept of each stream, bytes, whatever the caller asks for (CRI: "cap at 16 MB").
 const MAX_OUTPUT: u64 = 16 * 1024 * 1024;
+
+/// Longest name of a command, bytes.
+const MAX_EXEC_ID: usize = 64;
 
 /// How long output may come after the command's end: a process it left in the background may hold
 /// its streams for ever.
@@ -89,23 +96,16 @@ impl Pod {
         caller_gone: CancellationToken,
     ) -> Result<ExecSyncResponse, PodError> {
         let begin = Instant::now();
-        let runner = self.ready_runner()?;
-        let container_id = request.container_id.as_str();
-        self.container(container_id)?;
-        if self.state.container_state(container_id) != Some(ContainerState::Running) {
-            return Err(PodError::State(format!(
-                "container {container_id} is not running"
-            )));
-        }
-        if request.args.is_empty() {
-            return Err(PodError::Invalid("no command".to_owned()));
-        }
         let Ok(_slot) = self.exec_slots.try_acquire() else {
-            return Err(PodError::TooManyExecs);
+            return Err(PodError::TooManyExecs(MAX_EXECS));
         };
-
-        let mut exec = self.register(runner, container_id);
-        let streams = exec.start(&request.args).await?;
+        let id = format!("{:?}", Token::random());
+        let mut exec = self.register(&request.container_id, id, &request.args)?;
+        let wanted = Wanted {
+            stdin: false,
+            terminal: false,
+        };
+        let streams = exec.start(&request.args, wanted).await?;
         let limit = request.output_limit.min(MAX_OUTPUT) as usize;
         let too_late = async {
             match request.timeout_ms {
@@ -127,31 +127,101 @@ impl Pod {
         Err(failed)
     }
 
-    fn register<'a>(&'a self, runner: &'a Runner, container_id: &'a str) -> Exec<'a> {
-        let id = format!("{:?}", Token::random());
+    /// Runs a command whose streams are the caller's; returns its exit code. `started` is told when it runs. When
+    /// `caller_gone` is cancelled, all processes of the command are killed.
+    pub async fn exec(
+        &self,
+        request: ExecRequest,
+        started: oneshot::Sender<()>,
+        caller_gone: CancellationToken,
+    ) -> Result<u32, PodError> {
+        let Ok(_slot) = self.session_slots.try_acquire() else {
+            return Err(PodError::TooManyExecs(MAX_SESSIONS));
+        };
+        let client = ClientStreams::take(&self.fds, &request.streams.unwrap_or_default())?;
+        let mut exec = self.register(&request.container_id, request.exec_id, &request.args)?;
+        let wanted = Wanted {
+            stdin: client.stdin.is_some(),
+            terminal: request.terminal,
+        };
+        let streams = exec.start(&request.args, wanted).await?;
+        // A caller that is gone already is noticed below.
+        let _ = started.send(());
+        let failed = tokio::select! {
+            ended = exec.carry(streams, client, wanted) => match ended {
+                // It runs, and nobody can reach it.
+                Err(error @ PodError::Stream(_)) => error,
+                ended => return ended,
+            },
+            () = caller_gone.cancelled() => PodError::Cancelled,
+        };
+        exec.kill().await;
+        Err(failed)
+    }
+
+    /// Sets the size of a terminal.
+    pub async fn resize(&self, request: ResizeRequest) -> Result<(), PodError> {
+        let runner = self.ready_runner()?;
+        self.container(&request.container_id)?;
+        let ResizeRequest {
+            container_id,
+            exec_id,
+            columns,
+            rows,
+        } = request;
+        let request = agent::ResizeRequest {
+            container_id,
+            exec_id,
+            columns,
+            rows,
+        };
+        runner.resize(request).await
+    }
+
+    /// A command that is about to be started.
+    fn register<'a>(
+        &'a self,
+        container_id: &'a str,
+        id: String,
+        args: &[String],
+    ) -> Result<Exec<'a>, PodError> {
+        let runner = self.ready_runner()?;
+        self.container(container_id)?;
+        if self.state.container_state(container_id) != Some(ContainerState::Running) {
+            return Err(PodError::State(format!(
+                "container {container_id} is not running"
+            )));
+        }
+        if args.is_empty() {
+            return Err(PodError::Invalid("no command".to_owned()));
+        }
+        // It becomes part of names of files.
+        let is_id = id.len() <= MAX_EXEC_ID && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if id.is_empty() || !is_id {
+            return Err(PodError::Invalid(format!("{id:?} is no exec id")));
+        }
         let (sender, exit) = oneshot::channel();
         let running = Running {
             container_id: container_id.to_owned(),
             exit: sender,
         };
-        self.execs.lock().insert(id.clone(), running);
-        Exec {
+        match self.execs.lock().entry(id.clone()) {
+            Entry::Occupied(_) => return Err(PodError::Invalid(format!("exec {id} runs"))),
+            Entry::Vacant(place) => place.insert(running),
+        };
+        Ok(Exec {
             pod: self,
             runner,
             container_id,
             id,
             exit,
-        }
+        })
     }
 }
 
 impl Exec<'_> {
     /// Starts the command. Not to be dropped halfway: nobody would know whether the process runs.
-    async fn start(&mut self, args: &[String]) -> Result<Streams, PodError> {
-        let wanted = Wanted {
-            stdin: false,
-            terminal: false,
-        };
+    async fn start(&mut self, args: &[String], wanted: Wanted) -> Result<Streams, PodError> {
         let started = self.runner.exec(self.container_id, &self.id, args, wanted);
         let result = started.await;
         match &result {
@@ -179,6 +249,42 @@ impl Exec<'_> {
             stderr,
             exit_code,
         })
+    }
+
+    /// Moves bytes between the command and the caller until the command has ended, and all its output has been taken.
+    async fn carry(
+        &mut self,
+        streams: Streams,
+        client: ClientStreams,
+        wanted: Wanted,
+    ) -> Result<u32, PodError> {
+        let process = |stream| relay::process_end(stream).map_err(PodError::Stream);
+        let (stdout, stderr) = (process(streams.stdout)?, process(streams.stderr)?);
+        let ended = CancellationToken::new();
+        let input = async {
+            if wanted.terminal {
+                relay::terminal_input(client.stdin, stdout.as_deref()).await;
+            } else {
+                relay::input(client.stdin, process(streams.stdin)?).await;
+            }
+            std::future::pending().await
+        };
+        let outputs = async {
+            tokio::join!(
+                relay::output(stdout.clone(), client.stdout, DRAIN_GRACE, &ended),
+                relay::output(stderr, client.stderr, DRAIN_GRACE, &ended),
+            );
+        };
+        let exit = async {
+            let exit_code = self.exited().await;
+            ended.cancel();
+            exit_code
+        };
+        let end = async { tokio::join!(exit, outputs).0 };
+        tokio::select! {
+            exit_code = end => exit_code,
+            failed = input => failed,
+        }
     }
 
     /// Waits for the exit code. The command's end is pushed by the agent; should it keep that to

@@ -2,14 +2,17 @@
 
 use std::time::Duration;
 
+use podvisor_monitor::fd_socket::Token;
 use podvisor_oci::stdio::{Streams, Wanted};
 use podvisor_proto::agent::{
-    self, ExecRequest, ResolvedUser, SignalRequest, StartContainerRequest,
+    self, ExecRequest, PortForwardRequest, ResizeRequest, ResolvedUser, SignalRequest,
+    StartContainerRequest,
 };
 use podvisor_proto::monitor::{
     ConfigureRequest, CreateContainerRequest, SandboxState, VmStatsResponse,
 };
 use podvisor_vmm::{FsHandle, SegmentMap, VmCounters};
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -20,7 +23,7 @@ use super::PodError;
 use super::block_devices::BlockDevices;
 use super::create::all_layers;
 use super::layers::Layers;
-use super::streams::{Dial, Tokens};
+use super::streams::{Dial, Tokens, connect};
 use super::vm_facts::VmFacts;
 use crate::agent::{Agent, AgentError};
 use crate::console::Console;
@@ -296,6 +299,25 @@ impl Guest {
     /// Sends a signal.
     pub async fn signal(&self, request: SignalRequest) -> Result<(), PodError> {
         Ok(self.agent()?.signal(request).await?)
+    }
+
+    /// Sets the size of a terminal.
+    pub async fn resize(&self, request: ResizeRequest) -> Result<(), PodError> {
+        Ok(self.agent()?.resize(request).await?)
+    }
+
+    /// A stream to a port of the pod's loopback interface.
+    pub async fn port_forward(&self, port: u32) -> Result<UnixStream, PodError> {
+        let agent = self.agent()?;
+        let token = Token::random();
+        let request = PortForwardRequest {
+            port,
+            stream: token.to_vec(),
+        };
+        let (stream, accepted) =
+            tokio::join!(connect(&self.dial, token), agent.port_forward(request));
+        accepted?;
+        stream.map_err(PodError::Stream)
     }
 
     /// Sets a container's limits.

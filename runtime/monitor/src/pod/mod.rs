@@ -3,9 +3,11 @@
 //! - `mod.rs`: the sandbox: its start, events, its end
 //! - [`runner`]: who runs the containers: [`guest`], the agent in a VM, or [`host`], an OCI runtime
 //! - [`container`]: what is kept of one container, and how it ends
-//! - [`create`], [`start`], [`stop`], [`exec`], [`shutdown`]: what callers ask for
+//! - [`create`], [`start`], [`stop`], [`exec`], [`attach`], [`port_forward`], [`shutdown`]: what callers
+//!   ask for
 //! - [`block_devices`]: block devices of the host on the pod's disk
 //! - [`layers`]: image layers on the pod's disk
+//! - [`relay`]: bytes between a process and streams of a caller's
 //! - [`vm_facts`]: what is known of the VM, for who inspects it
 //! - [`streams`]: byte streams between a process and the monitor
 //!
@@ -13,6 +15,7 @@
 //! under short locks, never held across an await. Callers' requests that change something run as
 //! tasks of their own (see `service.rs`): a caller that goes away does not leave half of it.
 
+mod attach;
 mod block_devices;
 pub mod container;
 mod create;
@@ -20,6 +23,8 @@ mod exec;
 pub mod guest;
 pub mod host;
 pub mod layers;
+mod port_forward;
+mod relay;
 mod runner;
 mod shutdown;
 mod start;
@@ -57,6 +62,10 @@ use runner::Runner;
 /// Execs at a time: each may keep its output in our memory.
 const MAX_EXECS: usize = 64;
 
+/// Execs and attaches with streams of their callers, at a time: they keep nothing, but each has descriptors and is a call
+/// of podvisord's. Below the agent's own limit, which is each container's.
+const MAX_SESSIONS: usize = 250;
+
 /// How long the streams of a VM that is gone may take to end.
 const VM_GONE_DRAIN: Duration = Duration::from_millis(500);
 
@@ -82,8 +91,8 @@ pub enum PodError {
     #[error("cancelled")]
     Cancelled,
     /// Too many execs.
-    #[error("{MAX_EXECS} commands run already")]
-    TooManyExecs,
+    #[error("{0} commands or clients are there already")]
+    TooManyExecs(usize),
     /// An OCI runtime.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -118,7 +127,7 @@ impl From<PodError> for Status {
             }
             PodError::Cancelled => Code::Cancelled,
             PodError::Host(error) => error.code(),
-            PodError::TooManyExecs
+            PodError::TooManyExecs(_)
             | PodError::Layer(LayerError::Disk { .. })
             | PodError::BlockDevice(BlockDeviceError::Disk { .. }) => Code::ResourceExhausted,
             PodError::Agent(AgentError::Failed { code, .. }) => agent_code(*code),
@@ -150,6 +159,7 @@ pub struct Pod {
     containers: Mutex<HashMap<String, Arc<Container>>>,
     execs: Execs,
     exec_slots: Arc<Semaphore>,
+    session_slots: Arc<Semaphore>,
     /// Serialises Configure.
     configuring: tokio::sync::Mutex<()>,
     /// The VM is gone, or what the host had of the pod.
@@ -189,6 +199,7 @@ impl Pod {
             containers: Mutex::default(),
             execs: Execs::default(),
             exec_slots: Arc::new(Semaphore::new(MAX_EXECS)),
+            session_slots: Arc::new(Semaphore::new(MAX_SESSIONS)),
             configuring: tokio::sync::Mutex::default(),
             gone,
             shutting_down: CancellationToken::new(),

@@ -1,7 +1,7 @@
 //! Who runs the containers of a pod.
 
 use podvisor_oci::stdio::{Streams, Wanted};
-use podvisor_proto::agent::{ResolvedUser, SignalRequest};
+use podvisor_proto::agent::{ResizeRequest, ResolvedUser, SignalRequest};
 use podvisor_proto::monitor::{ConfigureRequest, CreateContainerRequest};
 
 use super::PodError;
@@ -65,6 +65,13 @@ impl Runner {
         match self {
             Self::Guest(guest) => guest.signal(request).await,
             Self::Host(host) => Ok(host.signal(&request)?),
+        }
+    }
+
+    pub async fn resize(&self, request: ResizeRequest) -> Result<(), PodError> {
+        match self {
+            Self::Guest(guest) => guest.resize(request).await,
+            Self::Host(host) => Ok(host.resize(&request)?),
         }
     }
 

@@ -8,6 +8,7 @@ use podvisor_oci::stdio::{Streams, Wanted};
 use podvisor_proto::monitor::ContainerState;
 use tracing::{info, warn};
 
+use super::attach::Input;
 use super::container::{self, Container};
 use super::{Pod, PodError};
 use crate::log::Pump;
@@ -74,8 +75,14 @@ impl Pod {
     }
 }
 
-/// Starts to move the container's output into its log.
+/// Starts to move the container's output into its log, and keeps its input for callers.
 fn connect_log(container: &Container, streams: Streams) -> io::Result<()> {
+    let stdin = match &streams.stdout {
+        Some(terminal) if container.terminal && container.stdin => Some(terminal.try_clone()?),
+        _ => streams.stdin,
+    };
+    let input = |stdin| Input::new(stdin, container.stdin_once, container.terminal);
+    let stdin = stdin.map(input).transpose()?;
     let mut outputs = Vec::with_capacity(2);
     if let Some(stdout) = streams.stdout {
         outputs.push((Stream::Stdout, File::from(stdout)));
@@ -84,6 +91,6 @@ fn connect_log(container: &Container, streams: Streams) -> io::Result<()> {
         outputs.push((Stream::Stderr, File::from(stderr)));
     }
     let pump = Pump::start(outputs, Arc::clone(&container.log))?;
-    container.set_streams(Some(pump), streams.stdin);
+    container.set_streams(pump, stdin);
     Ok(())
 }

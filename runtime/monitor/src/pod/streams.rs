@@ -79,10 +79,16 @@ impl Tokens {
 
 async fn open_one(dial: &Dial, token: Option<Token>) -> io::Result<Option<OwnedFd>> {
     let Some(token) = token else { return Ok(None) };
+    let stream = connect(dial, token).await?;
+    Ok(Some(stream.into_std()?.into()))
+}
+
+/// Opens the stream that the agent knows as `token`.
+pub async fn connect(dial: &Dial, token: Token) -> io::Result<UnixStream> {
     let connect = async {
         let mut stream = dial(STREAM_PORT).await?;
         stream.write_all(token.as_bytes()).await?;
-        Ok(Some(stream.into_std()?.into()))
+        Ok(stream)
     };
     match timeout(CONNECT_DEADLINE, connect).await {
         Ok(result) => result,
@@ -133,7 +139,7 @@ pub async fn capture(
 }
 
 /// For the reactor: a socket, a pipe or a terminal.
-fn asynchronous(stream: OwnedFd) -> io::Result<AsyncFd<File>> {
+pub fn asynchronous(stream: OwnedFd) -> io::Result<AsyncFd<File>> {
     let flags = OFlag::from_bits_truncate(fcntl(&stream, FcntlArg::F_GETFL)?);
     fcntl(&stream, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     // SAFETY: the AsyncFd owns the descriptor: it stays open for as long as it is registered.

@@ -22,9 +22,10 @@ use podvisor_oci::children::{Awaited, Children};
 use podvisor_oci::pause;
 use podvisor_oci::process::Process;
 use podvisor_oci::runtime::{Runtime, RuntimeError, Started};
-use podvisor_oci::stdio::{Streams, Wanted};
+use podvisor_oci::stdio::{Streams, Terminal, Wanted};
 use podvisor_proto::agent::{
-    ConfigureSandboxRequest, Event, Exit, OutOfMemory, ResolvedUser, SignalRequest, event,
+    ConfigureSandboxRequest, Event, Exit, OutOfMemory, ResizeRequest, ResolvedUser, SignalRequest,
+    event,
 };
 use podvisor_proto::monitor::CreateContainerRequest;
 use podvisor_root::user::UserError;
@@ -117,6 +118,8 @@ struct HostContainer {
     /// Below the roots of the hierarchies.
     cgroup: PathBuf,
     processes: Mutex<HashMap<String, Arc<Process>>>,
+    /// Of those that have one.
+    terminals: Mutex<HashMap<String, Terminal>>,
     /// Set when the runtime has forgotten it.
     deleted: OnceCell<()>,
 }
@@ -127,6 +130,29 @@ impl HostContainer {
         self.processes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// By exec id as well.
+    fn terminals(&self) -> MutexGuard<'_, HashMap<String, Terminal>> {
+        self.terminals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps the terminal of a process, if it has one, for its size.
+    fn keep_terminal(
+        &self,
+        exec_id: &str,
+        wanted: Wanted,
+        streams: &Streams,
+    ) -> Result<(), HostError> {
+        if wanted.terminal
+            && let Some(terminal) = &streams.stdout
+        {
+            let terminal = Terminal::of(terminal).map_err(kernel("a terminal"))?;
+            self.terminals().insert(exec_id.to_owned(), terminal);
+        }
+        Ok(())
     }
 
     /// Lets the runtime forget the container, and kill what is left of it; once.
@@ -198,6 +224,7 @@ impl Host {
             own_pids,
             cgroup: linux.cgroups_path().clone().ok_or_else(missing)?,
             processes: Mutex::default(),
+            terminals: Mutex::default(),
             deleted: OnceCell::new(),
         };
         self.containers()
@@ -209,6 +236,7 @@ impl Host {
     pub async fn start(&self, id: &str, wanted: Wanted) -> Result<(u32, Streams), HostError> {
         let container = self.container(id)?;
         let started = self.runtime.run(id, &self.bundle(id), wanted).await?;
+        container.keep_terminal("", wanted, &started.streams)?;
         Ok(self.follow(&container, id, "", started))
     }
 
@@ -224,10 +252,16 @@ impl Host {
         let mut process = container.process_spec.clone();
         process.set_args(Some(args.to_vec()));
         process.set_terminal(Some(wanted.terminal));
+        let mut env = process.env().clone().unwrap_or_default();
+        if wanted.terminal && !env.iter().any(|entry| entry.starts_with("TERM=")) {
+            env.push("TERM=xterm".to_owned());
+        }
+        process.set_env(Some(env));
         let started = self
             .runtime
             .exec(container_id, exec_id, &process, wanted)
             .await?;
+        container.keep_terminal(exec_id, wanted, &started.streams)?;
         Ok(self.follow(&container, container_id, exec_id, started).1)
     }
 
@@ -258,6 +292,7 @@ impl Host {
             });
             // Before another process can have its number.
             container.processes().remove(&exit.exec_id);
+            container.terminals().remove(&exit.exec_id);
             drop(awaited);
             exit.time_ns = now_ns();
             let is_first = exit.exec_id.is_empty();
@@ -295,6 +330,16 @@ impl Host {
             process.signal(request.signal)
         };
         sent.map_err(kernel("sending a signal"))
+    }
+
+    /// Sets the size of a terminal. One whose process has ended is no error.
+    pub fn resize(&self, request: &ResizeRequest) -> Result<(), HostError> {
+        let container = self.container(&request.container_id)?;
+        let terminals = container.terminals();
+        let resized = terminals.get(&request.exec_id).map_or(Ok(()), |terminal| {
+            terminal.resize(request.columns, request.rows)
+        });
+        resized.map_err(kernel("setting the size of a terminal"))
     }
 
     /// Sets a container's limits.
