@@ -68,6 +68,10 @@ cat >root-nginx/etc/nginx/nginx.conf <<-END
 END
 "$rig/oci-image.sh" root-nginx nginx "{$environment,\"Cmd\":[\"nginx\",\"-g\",\"daemon off;\"]}"
 push nginx e2e-test-images/nginx:1.14-2
+# On the node's own network, where port 80 may be taken.
+sed -i 's/listen 80;/listen 12003;/' root-nginx/etc/nginx/nginx.conf
+"$rig/oci-image.sh" root-nginx hostnet-nginx "{$environment,\"Cmd\":[\"nginx\",\"-g\",\"daemon off;\"]}"
+push hostnet-nginx "k8s-staging-cri-tools/hostnet-nginx-$(dpkg --print-architecture):latest"
 
 variant httpd '"Cmd":["sh","-c","echo httpd is up; exec httpd -f -p 80"]' index.html
 push httpd e2e-test-images/httpd:2.4.39-4
