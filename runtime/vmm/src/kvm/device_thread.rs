@@ -39,7 +39,7 @@ pub struct Attached {
     /// There is a command.
     pub doorbell: EventFd,
     /// One for each queue: the driver has made buffers available.
-    pub kicks: Arc<[EventFd]>,
+    pub kicks: Vec<EventFd>,
     /// The registers' part.
     pub shared: Arc<Shared>,
     /// The driver broke a ring, or the host failed: nothing is served until a reset.

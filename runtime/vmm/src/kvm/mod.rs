@@ -116,7 +116,6 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
     let mut registers = Vec::new();
     let mut threads = Vec::new();
     let mut counters = Vec::new();
-    let mut doorbells = Vec::new();
     // By the keyboard controller's line, which tells a reset from a triple fault.
     let mut cmdline = format!("reboot=k {}", config.cmdline);
     for (thread, devices) in groups {
@@ -125,10 +124,9 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
             let slot = registers.len();
             let address = layout::VIRTIO_MMIO + slot as u64 * layout::VIRTIO_MMIO_BYTES;
             let irq = layout::VIRTIO_IRQ + slot as u32;
-            let (on_bus, attached) = attach(&vm, name, device, irq)?;
+            let (on_bus, attached) = attach(&vm, name, device, address, irq)?;
             // The kernel's Documentation/admin-guide/kernel-parameters.txt.
             let _ = write!(cmdline, " virtio_mmio.device=4K@{address:#x}:{irq}");
-            doorbells.push((address, Arc::clone(&attached.kicks)));
             counters.push(attached.served.counters());
             registers.push(on_bus);
             group.push(attached);
@@ -159,7 +157,7 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
                 .collect(),
         },
         _balloon: balloon_handle,
-        vm,
+        _vm: vm,
         _memory: memory.clone(),
     };
     // From here on, dropping `vm` ends the threads.
@@ -178,9 +176,6 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
         };
         vcpu.start(&vm.control)
             .map_err(KvmError::host("a vCPU's thread"))?;
-    }
-    for (address, kicks) in doorbells {
-        notify_in_kernel(&vm.vm, address, &kicks)?;
     }
     Ok(Box::new(vm))
 }
@@ -229,22 +224,28 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
     parts.next().is_none().then_some(mac)
 }
 
-/// Gives `device` registers, and the interrupt `irq`.
+/// Makes `device` reachable at `address`, with the interrupt `irq`.
 fn attach(
     vm: &VmFd,
     name: &'static str,
     device: Box<dyn VirtioDevice>,
+    address: u64,
     irq: u32,
 ) -> Result<(VirtioMmio, Attached), KvmError> {
+    use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+
     let interrupt = interrupt(vm, irq)?;
     let mut kicks = Vec::new();
     let mut queues = Vec::new();
-    for size in device.queue_sizes() {
-        kicks.push(eventfd()?);
+    for (index, size) in device.queue_sizes().iter().enumerate() {
+        let kick = eventfd()?;
+        let notify = IoEventAddress::Mmio(address + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
+        vm.register_ioevent(&kick, &notify, index as u32)
+            .map_err(KvmError::call("KVM_IOEVENTFD"))?;
+        kicks.push(kick);
         let queue = Queue::new(*size).map_err(|error| KvmError::Config(error.to_string()))?;
         queues.push(queue);
     }
-    let kicks: Arc<[EventFd]> = kicks.into();
     let doorbell = eventfd()?;
     let (sender, commands) = mpsc::sync_channel(4);
     let link = DeviceLink {
@@ -252,12 +253,7 @@ fn attach(
         doorbell: doorbell.try_clone().map_err(KvmError::host("eventfd"))?,
     };
     let shared = Arc::new(Shared::new(device.as_ref(), interrupt));
-    let registers = VirtioMmio::new(
-        device.as_ref(),
-        Arc::clone(&shared),
-        Arc::clone(&kicks),
-        link,
-    );
+    let registers = VirtioMmio::new(device.as_ref(), Arc::clone(&shared), link);
     let attached = Attached {
         name,
         served: Served::new(name, device, queues),
@@ -268,19 +264,6 @@ fn attach(
         broken: false,
     };
     Ok((registers, attached))
-}
-
-/// Has KVM take the driver's notifications of the device at `address`, which until then go by a vCPU's thread. Each call
-/// waits for other CPUs, in all for a tenth of a boot: the guest's kernel boots meanwhile.
-fn notify_in_kernel(vm: &VmFd, address: u64, kicks: &[EventFd]) -> Result<(), KvmError> {
-    use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
-
-    let notify = IoEventAddress::Mmio(address + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
-    for (queue, kick) in kicks.iter().enumerate() {
-        vm.register_ioevent(kick, &notify, queue as u32)
-            .map_err(KvmError::call("KVM_IOEVENTFD"))?;
-    }
-    Ok(())
 }
 
 /// vCPUs in their first state; the first is to begin at `entry`, and to start the others.
@@ -344,7 +327,7 @@ struct KvmVm {
     counters: VmCounters,
     /// Kept: the device ends when its handle does.
     _balloon: BalloonHandle,
-    vm: VmFd,
+    _vm: VmFd,
     _memory: GuestMemoryMmap,
 }
 

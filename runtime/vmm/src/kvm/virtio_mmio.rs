@@ -18,11 +18,11 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING,
     VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
     VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
-    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
-    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
-    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
-    VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW,
-    VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
+    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH,
+    VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW,
+    VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
+    VIRTIO_MMIO_VERSION,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
@@ -168,7 +168,6 @@ impl DeviceLink {
 #[derive(Debug)]
 pub struct VirtioMmio {
     shared: Arc<Shared>,
-    kicks: Arc<[EventFd]>,
     registers: Mutex<Registers>,
 }
 
@@ -187,13 +186,8 @@ struct Registers {
 }
 
 impl VirtioMmio {
-    /// The registers of `device`. `kicks`: one for each of its queues.
-    pub fn new(
-        device: &dyn VirtioDevice,
-        shared: Arc<Shared>,
-        kicks: Arc<[EventFd]>,
-        link: DeviceLink,
-    ) -> Self {
+    /// The registers of `device`.
+    pub fn new(device: &dyn VirtioDevice, shared: Arc<Shared>, link: DeviceLink) -> Self {
         let queue_sizes = device.queue_sizes();
         let registers = Registers {
             link,
@@ -209,7 +203,6 @@ impl VirtioMmio {
         };
         Self {
             shared,
-            kicks,
             registers: Mutex::new(registers),
         }
     }
@@ -266,12 +259,6 @@ impl VirtioMmio {
                     .fetch_and(!value, Ordering::AcqRel);
             }
             VIRTIO_MMIO_STATUS => lock(&self.registers).set_status(value, &self.shared),
-            // Only until it is an ioeventfd, and for queues that are none.
-            VIRTIO_MMIO_QUEUE_NOTIFY => {
-                if let Some(kick) = self.kicks.get(value as usize) {
-                    let _ = kick.write(1);
-                }
-            }
             _ => lock(&self.registers).write(offset, value),
         }
     }

@@ -82,7 +82,7 @@ impl VirtioDevice for Echo {
 /// The device on its bus.
 struct Rig {
     registers: VirtioMmio,
-    kicks: Arc<[EventFd]>,
+    kicks: Vec<EventFd>,
     interrupt: EventFd,
     stop: EventFd,
     memory: GuestMemoryMmap,
@@ -95,25 +95,20 @@ impl Rig {
         let device: Box<dyn VirtioDevice> = Box::new(Echo { config: 1 });
         let (commands, received) = mpsc::sync_channel(4);
         let (doorbell, interrupt, stop) = (eventfd(), eventfd(), eventfd());
-        let kicks: Arc<[EventFd]> = [eventfd(), eventfd()].into();
+        let kicks = [eventfd(), eventfd()];
         let link = DeviceLink {
             commands,
             doorbell: doorbell.try_clone().unwrap(),
         };
         let shared = Arc::new(Shared::new(device.as_ref(), interrupt.try_clone().unwrap()));
-        let registers = VirtioMmio::new(
-            device.as_ref(),
-            Arc::clone(&shared),
-            Arc::clone(&kicks),
-            link,
-        );
+        let registers = VirtioMmio::new(device.as_ref(), Arc::clone(&shared), link);
         let queues = [16, 8].map(|size| Queue::new(size).unwrap());
         let attached = Attached {
             name: "echo",
             served: Served::new("echo", device, queues.into()),
             commands: received,
             doorbell,
-            kicks: Arc::clone(&kicks),
+            kicks: kicks.iter().map(|kick| kick.try_clone().unwrap()).collect(),
             shared,
             broken: false,
         };
@@ -121,7 +116,7 @@ impl Rig {
         device_thread::start("echo", vec![attached], memory.clone(), ends).unwrap();
         Self {
             registers,
-            kicks,
+            kicks: kicks.into(),
             interrupt,
             stop,
             memory,
@@ -171,7 +166,7 @@ impl Rig {
         memory.write_slice(&[0; 16], at(0)).unwrap();
         let index: u16 = memory.read_obj(at(0x1002)).unwrap();
         memory.write_obj(index.wrapping_add(1), at(0x1002)).unwrap();
-        self.set(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        self.kicks[0].write(1).unwrap();
         self.wait_for_interrupt();
         let used: u16 = memory.read_obj(at(0x2002)).unwrap();
         assert_eq!(used, index.wrapping_add(1));
