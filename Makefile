@@ -18,7 +18,7 @@ run:                 ## try it: install, build, a daemon, a registry, a first po
 	scripts/run
 
 test: build          ## unit, property and end-to-end tests (as root), critest, then the tests of VMs on real KVM
-	cargo test --locked --workspace --no-fail-fast
+	RUST_TEST_THREADS=$$(($$(nproc) + 1)) cargo test --locked --workspace --tests --no-fail-fast
 	scripts/conformance
 	scripts/test-kvm
 
