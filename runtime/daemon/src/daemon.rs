@@ -1,7 +1,7 @@
 //! The daemon's parts, and what all RPCs share: places on the host, watching monitors, waiting.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podvisor_image::ImageStore;
@@ -49,6 +49,8 @@ pub struct Daemon {
     pub container_names: Names,
     /// What is counted.
     pub metrics: Metrics,
+    /// What UpdateRuntimeConfig said last: shown by Status, used by nobody.
+    pub pod_cidr: Mutex<String>,
     /// Cancelled when podvisord ends: streams to clients that have no end of their own end then.
     pub ending: CancellationToken,
 }
@@ -83,6 +85,11 @@ impl Daemon {
     /// Where images are.
     pub fn images_dir(&self) -> PathBuf {
         self.config.data_dir.join("images")
+    }
+
+    /// What UpdateRuntimeConfig said last; empty: nothing.
+    pub fn pod_cidr(&self) -> MutexGuard<'_, String> {
+        self.pod_cidr.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where the host's resources of this instance are found.

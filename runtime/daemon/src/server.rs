@@ -20,6 +20,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
+use tonic_health::pb::health_server::HealthServer;
 use tracing::{info, warn};
 
 use crate::backend;
@@ -31,7 +32,9 @@ use crate::pod::Pods;
 use crate::services::deadline::DeadlineLayer;
 use crate::services::later::LaterLayer;
 use crate::services::metered::MeteredLayer;
-use crate::services::{MAX_MESSAGE, control::Control, image::Images, runtime::Runtime};
+use crate::services::{
+    MAX_MESSAGE, control::Control, health::Health, image::Images, runtime::Runtime,
+};
 use crate::store::Store;
 use crate::streaming;
 
@@ -85,6 +88,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE),
         )
+        .add_service(HealthServer::new(Health::new(Arc::clone(&daemon))))
         .add_service(ControlServer::new(Control::new(Arc::clone(&daemon))))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), daemon.ending.cancelled());
     let mut server = std::pin::pin!(server);
@@ -143,6 +147,7 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
         sandbox_names: Names::default(),
         container_names: Names::default(),
         ending: CancellationToken::new(),
+        pod_cidr: std::sync::Mutex::default(),
         config,
     })
 }

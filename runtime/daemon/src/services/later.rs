@@ -9,21 +9,19 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 
 /// Paths of the RPCs that are not implemented yet.
-pub const LATER: [&str; 14] = [
+pub const LATER: [&str; 12] = [
     "/runtime.v1.RuntimeService/ContainerStats",
     "/runtime.v1.RuntimeService/ListContainerStats",
     "/runtime.v1.RuntimeService/StreamContainerStats",
     "/runtime.v1.RuntimeService/PodSandboxStats",
     "/runtime.v1.RuntimeService/ListPodSandboxStats",
     "/runtime.v1.RuntimeService/StreamPodSandboxStats",
-    "/runtime.v1.RuntimeService/UpdateRuntimeConfig",
     "/runtime.v1.RuntimeService/CheckpointContainer",
     "/runtime.v1.RuntimeService/CheckpointPod",
     "/runtime.v1.RuntimeService/RestorePod",
     "/runtime.v1.RuntimeService/ListMetricDescriptors",
     "/runtime.v1.RuntimeService/ListPodSandboxMetrics",
     "/runtime.v1.RuntimeService/StreamPodSandboxMetrics",
-    "/runtime.v1.RuntimeService/UpdatePodSandboxResources",
 ];
 
 /// Answers the RPCs of [`LATER`] before they reach the services.

@@ -2,6 +2,8 @@
 
 pub mod control;
 pub mod deadline;
+mod events;
+pub mod health;
 pub mod image;
 pub mod later;
 mod lists;

@@ -3,16 +3,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use futures_util::{FutureExt, StreamExt};
 use podvisor_proto::cri;
 use podvisor_proto::cri::runtime_service_server::RuntimeService;
-use tokio_stream::wrappers::BroadcastStream;
-use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status};
 use tracing::{Level, instrument};
 
-use super::{answer, lists, messages, status};
+use super::{answer, events, lists, messages, status};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::Result;
 use crate::streaming::StreamingServer;
@@ -80,6 +77,18 @@ impl RuntimeService for Runtime {
         answer(Level::DEBUG, Ok(status::runtime_config(&self.daemon)))
     }
 
+    #[instrument(skip_all, name = "UpdateRuntimeConfig")]
+    async fn update_runtime_config(
+        &self,
+        request: Request<cri::UpdateRuntimeConfigRequest>,
+    ) -> Result<Response<cri::UpdateRuntimeConfigResponse>, Status> {
+        let result = status::update_runtime_config(&self.daemon, request.into_inner());
+        answer(
+            Level::INFO,
+            result.map(|()| cri::UpdateRuntimeConfigResponse {}),
+        )
+    }
+
     #[instrument(skip_all, name = "RunPodSandbox", fields(pod, sandbox))]
     async fn run_pod_sandbox(
         &self,
@@ -124,6 +133,19 @@ impl RuntimeService for Runtime {
         answer(
             Level::INFO,
             result.map(|()| cri::RemovePodSandboxResponse {}),
+        )
+    }
+
+    #[instrument(skip_all, name = "UpdatePodSandboxResources", fields(sandbox = request.get_ref().pod_sandbox_id))]
+    async fn update_pod_sandbox_resources(
+        &self,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
+    ) -> Result<Response<cri::UpdatePodSandboxResourcesResponse>, Status> {
+        let request = request.into_inner();
+        let result = self.daemon.update_pod_sandbox_resources(request).await;
+        answer(
+            Level::INFO,
+            result.map(|()| cri::UpdatePodSandboxResourcesResponse {}),
         )
     }
 
@@ -242,17 +264,8 @@ impl RuntimeService for Runtime {
         &self,
         _request: Request<cri::GetEventsRequest>,
     ) -> Result<Response<BoxStream<cri::ContainerEventResponse>>, Status> {
-        let events = BroadcastStream::new(self.daemon.pods.events.subscribe());
-        let events = events.map(|event| match event {
-            Ok(event) => Ok(messages::event(&event)),
-            Err(BroadcastStreamRecvError::Lagged(missed)) => Err(Status::resource_exhausted(
-                format!("{missed} events were not read in time: subscribe again, then list"),
-            )),
-        });
-        let end = self.daemon.ending.clone().cancelled_owned();
-        let last = async { Err(Status::unavailable("podvisord ends")) };
-        let stream = events.take_until(end).chain(last.into_stream());
-        answer(Level::DEBUG, Ok(Box::pin(stream)))
+        let stream = events::stream(&self.daemon.pods.events, self.daemon.ending.clone());
+        answer(Level::DEBUG, Ok(stream))
     }
 
     #[instrument(skip_all, name = "ContainerStatus", fields(container = request.get_ref().container_id))]
