@@ -12,7 +12,7 @@ use podvisor_proto::monitor;
 use tokio::sync::broadcast;
 
 use crate::daemon::now_ns;
-use crate::pod::{Container, Pod};
+use crate::pod::{Container, Pod, START_ERROR};
 
 /// Events that a subscriber may be behind. All subscribers share them, and they share what does not change of a
 /// pod with it: an event is a few hundred bytes for each container of its pod.
@@ -103,7 +103,7 @@ impl Seen {
         let stage = |state: &monitor::Container| match state.state() {
             monitor::ContainerState::Created => Stage::Created,
             monitor::ContainerState::Running => Stage::Running,
-            monitor::ContainerState::Exited => Stage::Exited(state.started_ns > 0),
+            monitor::ContainerState::Exited => Stage::Exited(state.reason != START_ERROR),
         };
         let containers = view.containers.iter();
         Self {

@@ -16,6 +16,9 @@ use crate::volumes::FsServer;
 /// Exit code and reason of a container that died with its VM.
 const KILLED: u32 = 137;
 
+/// Reason of a container whose process could not be executed, as kubelets know it.
+pub const START_ERROR: &str = "StartError";
+
 /// A sandbox.
 #[derive(Debug)]
 pub struct Pod {
@@ -91,6 +94,13 @@ impl Pod {
         let mut state = self.state();
         state.record.fs_pid = pid;
         state.record.fs_start = start;
+        state.record.clone()
+    }
+
+    /// From now on the pod may have this. Returns the record to be kept.
+    pub fn set_limits(&self, updated: cri::LinuxPodSandboxConfig) -> SandboxRecord {
+        let mut state = self.state();
+        state.record.updated = Some(updated);
         state.record.clone()
     }
 

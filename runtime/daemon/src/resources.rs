@@ -71,9 +71,12 @@ impl Daemon {
         let _one_at_a_time = pod.lifecycle.lock().await;
         let record = pod.record();
         let on_host = Self::is_on_host(&record);
-        let had = record.config.unwrap_or_default();
-        let mut wanted = had.clone();
+        let made = record.config.unwrap_or_default();
+        let mut wanted = made.clone();
         let linux = wanted.linux.get_or_insert_default();
+        if let Some(updated) = record.updated {
+            *linux = updated;
+        }
         if let Some(changes) = request.resources {
             merge(linux.resources.get_or_insert_default(), changes);
         }
@@ -83,7 +86,7 @@ impl Daemon {
         let limits = linux.clone();
         if !on_host {
             let (is, asked) = (
-                vm_size::of(&had, &self.config.vm)?,
+                vm_size::of(&made, &self.config.vm)?,
                 vm_size::of(&wanted, &self.config.vm)?,
             );
             if !is.holds(&asked) {
@@ -93,14 +96,27 @@ impl Daemon {
                 )));
             }
         }
-        if !limits.cgroup_parent.is_empty() {
-            return Ok(());
+        if limits.cgroup_parent.is_empty() {
+            self.limit_group(&pod.id, &made, limits.clone(), on_host)
+                .await?;
         }
-        let parent = self.cgroup_parent(&had);
-        let leaf = inventory::cgroup_leaf(&self.config.run_dir, &pod.id);
+        self.store.put_sandbox(pod.set_limits(limits)).await?;
+        Ok(())
+    }
+
+    /// Sets limits of the pod's own group. A VM's memory is as much as it was made with.
+    async fn limit_group(
+        &self,
+        id: &str,
+        config: &cri::PodSandboxConfig,
+        limits: cri::LinuxPodSandboxConfig,
+        memory: bool,
+    ) -> Result<()> {
+        let parent = self.cgroup_parent(config);
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, id);
         let set = move || {
             let group = PodCgroup::at(&parent, &leaf)?;
-            if on_host {
+            if memory {
                 group.set_memory(vm_size::memory_limit(&limits))?;
             }
             group.set_cpus(vm_size::cpu_limit(&limits))

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use podvisor_tests::crictl::{container, shell, with_pod};
 use podvisor_tests::daemon::Daemon;
-use podvisor_tests::logs;
 use podvisor_tests::oci::{Image, Layer};
 use podvisor_tests::registry::{Registry, busybox};
+use podvisor_tests::{eventually, logs};
 use serde_json::{Value, json};
 use tonic::Code;
 

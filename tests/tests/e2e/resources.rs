@@ -440,11 +440,11 @@ fn a_pods_own_limits() {
     assert!(error.message().contains("256 MiB"), "{error}");
 
     // The group of a parent that somebody made for the pod is somebody's.
-    let theirs = format!("{parent}/theirs");
-    let linux = json!({"resources": resources, "cgroup_parent": theirs});
+    let place = format!("{}/theirs", parent.trim_matches('/'));
+    let linux = json!({"resources": resources, "cgroup_parent": place});
     let theirs = daemon.run_pod(&daemon.pod("theirs").with("linux", linux));
     update(&theirs, 0, 50_000).expect("accepted");
-    let unlimited = host_groups(&format!("{}/theirs", parent.trim_matches('/')), &theirs);
+    let unlimited = host_groups(&place, &theirs);
     for file in unlimited.iter().map(|group| group.join("cpu.cfs_quota_us")) {
         if let Ok(quota) = std::fs::read_to_string(file) {
             assert_eq!(quota.trim(), "-1");
@@ -453,4 +453,6 @@ fn a_pods_own_limits() {
     daemon.cri().stop_pod(&in_vm).expect("StopPodSandbox");
     let error = update(&in_vm, 0, 0).expect_err("it does not run");
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    cri.remove_pod(&theirs);
+    remove_parents(&place);
 }

@@ -18,7 +18,7 @@ use crate::daemon::{Daemon, now_ns, within};
 use crate::error::{Error, Result};
 use crate::ids;
 use crate::monitor::Monitor;
-use crate::pod::{Container, Pod};
+use crate::pod::{Container, Pod, START_ERROR};
 use crate::resources::check_cpus;
 use crate::services::MAX_MESSAGE;
 use crate::spec;
@@ -232,7 +232,7 @@ impl Daemon {
         let answer = within(CALL, "StartContainer", client.start_container(request)).await?;
         self.pods.apply(&container.pod, answer.snapshot);
         let now = container.state();
-        if now.state() == monitor::ContainerState::Exited && now.reason == "StartError" {
+        if now.state() == monitor::ContainerState::Exited && now.reason == START_ERROR {
             return Err(Error::Precondition(format!(
                 "container {} cannot be started: {}",
                 container.record.id, now.message
