@@ -270,15 +270,21 @@ impl Container {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It is being removed: its state stays as it is.
-    pub fn begin_removal(&self) {
+    /// It is being removed: its state stays as it is until the answer is dropped.
+    pub fn removal(&self) -> Removal<'_> {
         let state = self.state();
         *self.last() = Some(state);
+        Removal(self)
     }
+}
 
-    /// It could not be removed.
-    pub fn abandon_removal(&self) {
-        *self.last() = None;
+/// See [`Container::removal`].
+#[derive(Debug)]
+pub struct Removal<'a>(&'a Container);
+
+impl Drop for Removal<'_> {
+    fn drop(&mut self) {
+        *self.0.last() = None;
     }
 }
 

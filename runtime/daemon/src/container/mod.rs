@@ -287,15 +287,7 @@ impl Daemon {
         if container.state().state() == monitor::ContainerState::Running {
             self.stop_running(&container, Duration::ZERO).await?;
         }
-        container.begin_removal();
-        let removed = self.remove_stopped(&container).await;
-        if removed.is_err() {
-            container.abandon_removal();
-        }
-        removed
-    }
-
-    async fn remove_stopped(&self, container: &Container) -> Result<()> {
+        let _removal = container.removal();
         let id = &container.record.id;
         let pod = &container.pod;
         if let Some(monitor) = pod.monitor() {
@@ -313,7 +305,7 @@ impl Daemon {
             }
         }
         self.store.remove_container(id.clone()).await?;
-        self.pods.remove_container(container);
+        self.pods.remove_container(&container);
         Ok(())
     }
 

@@ -51,7 +51,8 @@ impl HealthService for Health {
     ) -> Result<Response<HealthCheckResponse>, Status> {
         let service = request.into_inner().service;
         if service == READINESS {
-            let conditions = status::conditions(&self.daemon).await;
+            let network = self.daemon.cni.status().await;
+            let conditions = status::conditions(&self.daemon, &network);
             let ready = conditions.iter().all(|condition| condition.status);
             return Ok(Response::new(answer(if ready {
                 ServingStatus::Serving

@@ -75,27 +75,26 @@ fn is_cidr(text: &str) -> bool {
 }
 
 /// RuntimeReady and NetworkReady.
-pub async fn conditions(daemon: &Daemon) -> Vec<cri::RuntimeCondition> {
-    conditions_with(daemon, daemon.cni.status().await.err())
-}
-
-fn conditions_with(daemon: &Daemon, network: Option<CniError>) -> Vec<cri::RuntimeCondition> {
+pub fn conditions(
+    daemon: &Daemon,
+    network: &Result<NetworkStatus, CniError>,
+) -> Vec<cri::RuntimeCondition> {
     let missing = missing_file(daemon).map(|what| ("RuntimeIncomplete", what));
     let unusable = daemon.vmm.problem();
     let problem = missing.or(unusable.map(|why| ("KvmUnusable", why.to_owned())));
-    let network = network.map(|error| ("NetworkPluginNotReady", error.to_string()));
+    let network = network.as_ref().err();
     vec![
         condition("RuntimeReady", problem),
-        condition("NetworkReady", network),
+        condition(
+            "NetworkReady",
+            network.map(|error| ("NetworkPluginNotReady", error.to_string())),
+        ),
     ]
 }
 
 pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
-    let (network, problem) = match daemon.cni.status().await {
-        Ok(network) => (Some(network), None),
-        Err(error) => (None, Some(error)),
-    };
-    let conditions = conditions_with(daemon, problem);
+    let network = daemon.cni.status().await;
+    let conditions = conditions(daemon, &network);
     let features = |in_vm: bool| cri::RuntimeHandlerFeatures {
         recursive_read_only_mounts: true,
         user_namespaces: in_vm,
@@ -113,7 +112,10 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
     let named = handlers::names(&daemon.config).filter(usable).map(handler);
     let mut info = HashMap::new();
     if verbose {
-        info.insert("podvisor".to_owned(), about(daemon, network).to_string());
+        info.insert(
+            "podvisor".to_owned(),
+            about(daemon, network.ok()).to_string(),
+        );
         if let Ok(config) = serde_json::to_string(&daemon.config) {
             info.insert("config".to_owned(), config);
         }
