@@ -9,7 +9,8 @@ use podvisor_proto::cri::runtime_service_client::RuntimeServiceClient;
 use podvisor_proto::cri::{self, ContainerStatus, PodSandbox};
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Response, Status};
+use tonic::{Response, Status, Streaming};
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::eventually;
 use crate::machine::patience;
@@ -23,6 +24,7 @@ pub struct Cri {
     // Before the runtime it lives in.
     runtime_service: RuntimeServiceClient<Channel>,
     image_service: ImageServiceClient<Channel>,
+    channel: Channel,
     runtime: Runtime,
 }
 
@@ -43,7 +45,9 @@ impl Cri {
         Self {
             runtime_service: RuntimeServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE),
-            image_service: ImageServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE),
+            image_service: ImageServiceClient::new(channel.clone())
+                .max_decoding_message_size(MAX_MESSAGE),
+            channel,
             runtime,
         }
     }
@@ -71,6 +75,28 @@ impl Cri {
     {
         self.runtime
             .block_on(call(self.image_service.clone()))
+            .map(Response::into_inner)
+    }
+
+    /// Waits for the next message of a stream that a call answered with; `None`: its end.
+    pub fn next<T>(&self, stream: &mut Streaming<T>) -> Result<Option<T>, Status> {
+        self.runtime.block_on(async {
+            let next = tokio::time::timeout(patience(), stream.message()).await;
+            next.unwrap_or_else(|_| panic!("nothing comes within {:?}", patience()))
+        })
+    }
+
+    /// Makes one call of `grpc.health.v1.Health`.
+    pub fn call_health<T, F>(
+        &self,
+        call: impl FnOnce(HealthClient<Channel>) -> F,
+    ) -> Result<T, Status>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let client = HealthClient::new(self.channel.clone());
+        self.runtime
+            .block_on(call(client))
             .map(Response::into_inner)
     }
 

@@ -6,6 +6,7 @@
 //! are made when missing and never removed.
 
 pub mod hierarchy;
+mod limits;
 
 use std::collections::HashSet;
 use std::fs;

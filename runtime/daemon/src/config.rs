@@ -192,6 +192,10 @@ pub struct Streaming {
     pub idle_timeout_s: u64,
     /// Seconds that a client may take to open its streams.
     pub creation_timeout_s: u64,
+    /// PEM file of the certificate and those it is issued by; empty: no TLS.
+    pub tls_certificate: PathBuf,
+    /// PEM file of its private key.
+    pub tls_key: PathBuf,
 }
 
 /// `[metrics]`
@@ -305,6 +309,8 @@ impl Default for Streaming {
             address: (Ipv4Addr::LOCALHOST, 0).into(),
             idle_timeout_s: 4 * 60 * 60,
             creation_timeout_s: 30,
+            tls_certificate: PathBuf::new(),
+            tls_key: PathBuf::new(),
         }
     }
 }

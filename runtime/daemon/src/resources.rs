@@ -2,12 +2,13 @@
 
 use podvisor_proto::{cri, monitor};
 
-use crate::cgroup::PodCgroup;
-use crate::daemon::{Daemon, within};
+use crate::cgroup::{CgroupError, PodCgroup};
+use crate::daemon::{Daemon, blocking, within};
 use crate::error::{Error, Result};
 use crate::inventory;
 use crate::pod::Pod;
 use crate::spec::resources::{self, numbers};
+use crate::vm_size;
 
 /// Longer than the monitor's own deadline for the agent.
 const CALL: std::time::Duration = std::time::Duration::from_mins(1);
@@ -50,6 +51,78 @@ impl Daemon {
         container.set_limits(merged);
         self.store.put_container(container.record()).await?;
         self.place(&container.pod).await
+    }
+
+    /// Changes what a pod may have, all its containers together.
+    ///
+    /// The group that `cgroup_parent` names is its maker's: a kubelet has changed it before it calls. Without one
+    /// the pod's own group gets the limits. A VM stays as large as it was made: less is a matter of limits, more
+    /// is refused.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT; FAILED_PRECONDITION: the VM is too small, or the pod's own group cannot have the limits, because
+    /// more memory is in use or the node lacks a controller.
+    pub async fn update_pod_sandbox_resources(
+        &self,
+        request: cri::UpdatePodSandboxResourcesRequest,
+    ) -> Result<()> {
+        let pod = self.pods.find(&request.pod_sandbox_id)?;
+        pod.ready_monitor()?;
+        let _one_at_a_time = pod.lifecycle.lock().await;
+        let record = pod.record();
+        let on_host = Self::is_on_host(&record);
+        let made = record.config.unwrap_or_default();
+        let mut wanted = made.clone();
+        let linux = wanted.linux.get_or_insert_default();
+        if let Some(updated) = record.updated {
+            *linux = updated;
+        }
+        if let Some(changes) = request.resources {
+            merge(linux.resources.get_or_insert_default(), changes);
+        }
+        if let Some(changes) = request.overhead {
+            merge(linux.overhead.get_or_insert_default(), changes);
+        }
+        let limits = linux.clone();
+        if !on_host {
+            let (is, asked) = (
+                vm_size::of(&made, &self.config.vm)?,
+                vm_size::of(&wanted, &self.config.vm)?,
+            );
+            if !is.holds(&asked) {
+                return Err(Error::Precondition(format!(
+                    "sandbox {} has a VM of {is} and would need one of {asked}: VMs do not grow",
+                    pod.id
+                )));
+            }
+        }
+        if limits.cgroup_parent.is_empty() {
+            self.limit_group(&pod.id, &made, limits.clone(), on_host)
+                .await?;
+        }
+        self.store.put_sandbox(pod.set_limits(limits)).await?;
+        Ok(())
+    }
+
+    /// Sets limits of the pod's own group. A VM's memory is as much as it was made with.
+    async fn limit_group(
+        &self,
+        id: &str,
+        config: &cri::PodSandboxConfig,
+        limits: cri::LinuxPodSandboxConfig,
+        memory: bool,
+    ) -> Result<()> {
+        let parent = self.cgroup_parent(config);
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, id);
+        let set = move || {
+            let group = PodCgroup::at(&parent, &leaf)?;
+            if memory {
+                group.set_memory(vm_size::memory_limit(&limits))?;
+            }
+            group.set_cpus(vm_size::cpu_limit(&limits))
+        };
+        let refused = |error: CgroupError| Error::Precondition(error.to_string());
+        blocking(move || set().map_err(refused)).await
     }
 
     /// Keeps the pod's VM on the CPUs and memory nodes of its containers: all those that any of them

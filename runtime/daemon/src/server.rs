@@ -18,7 +18,9 @@ use podvisor_proto::cri::runtime_service_server::RuntimeServiceServer;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
+use tonic_health::pb::health_server::HealthServer;
 use tracing::{info, warn};
 
 use crate::backend;
@@ -31,7 +33,9 @@ use crate::services::around::Around;
 use crate::services::deadline::Deadline;
 use crate::services::later::Later;
 use crate::services::metered::Metered;
-use crate::services::{MAX_MESSAGE, control::Control, image::Images, runtime::Runtime};
+use crate::services::{
+    MAX_MESSAGE, control::Control, health::Health, image::Images, runtime::Runtime,
+};
 use crate::store::Store;
 use crate::streaming;
 
@@ -68,7 +72,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let listener = listen(&daemon.config.socket_path())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
         .layer(Around(Metered(Arc::clone(&daemon))))
         .layer(Around(Deadline))
@@ -83,10 +86,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE),
         )
+        .add_service(HealthServer::new(Health::new(Arc::clone(&daemon))))
         .add_service(ControlServer::new(Control::new(Arc::clone(&daemon))))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
-            let _ = stopped.await;
-        });
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), daemon.ending.cancelled());
     let mut server = std::pin::pin!(server);
     info!(socket = %daemon.config.socket_path().display(), "ready");
     tokio::select! {
@@ -94,7 +96,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         _ = terminate.recv() => info!("SIGTERM: pods live on"),
         _ = interrupt.recv() => info!("SIGINT: pods live on"),
     }
-    let _ = stop.send(());
+    daemon.ending.cancel();
     if tokio::time::timeout(DRAIN, server).await.is_err() {
         warn!("some RPCs did not end in time: a restart undoes what they began");
     }
@@ -142,6 +144,8 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
         pods: Pods::default(),
         sandbox_names: Names::default(),
         container_names: Names::default(),
+        ending: CancellationToken::new(),
+        pod_cidr: std::sync::Mutex::default(),
         config,
     })
 }

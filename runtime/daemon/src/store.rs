@@ -114,6 +114,9 @@ pub struct SandboxRecord {
     /// Why it has that one though it asked for none: [`crate::handlers::Reason::name`].
     #[prost(string, tag = "14")]
     pub routed: String,
+    /// Resources and overhead once UpdatePodSandboxResources has changed what `config` says.
+    #[prost(message, optional, tag = "15")]
+    pub updated: Option<cri::LinuxPodSandboxConfig>,
 }
 
 /// A container, as asked for.

@@ -7,6 +7,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +19,9 @@ use podvisor_proto::{cri, monitor};
 use podvisor_streaming::{
     Attach, Backend, Config, Duplex, Exec, PortForward, Server, Session, Size, Streams,
 };
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -48,11 +52,29 @@ pub async fn listen(daemon: &Arc<Daemon>) -> anyhow::Result<StreamingServer> {
     let timeouts = Config {
         idle_timeout: Duration::from_secs(config.idle_timeout_s),
         creation_timeout: Duration::from_secs(config.creation_timeout_s),
+        tls: tls(&config.tls_certificate, &config.tls_key)?,
     };
     let server = Server::new(Processes(Arc::clone(daemon)), address, timeouts);
     info!(%address, "streaming");
     tokio::spawn(server.clone().serve(listener));
     Ok(server)
+}
+
+/// How clients are to connect: TLS, if there is a certificate.
+fn tls(certificate: &Path, key: &Path) -> anyhow::Result<Option<Arc<ServerConfig>>> {
+    if certificate.as_os_str().is_empty() && key.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let chain = CertificateDer::pem_file_iter(certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .with_context(|| format!("streaming.tls_certificate {}", certificate.display()))?;
+    let key = PrivateKeyDer::from_pem_file(key)
+        .with_context(|| format!("streaming.tls_key {}", key.display()))?;
+    let config = ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .context("streaming.tls_certificate, streaming.tls_key")?;
+    Ok(Some(Arc::new(config)))
 }
 
 impl Daemon {

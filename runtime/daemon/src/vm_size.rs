@@ -18,6 +18,26 @@ pub struct VmSize {
 
 const MIB: u64 = 1 << 20;
 
+impl VmSize {
+    /// Whether a VM of this size is large enough for who asks for `other`.
+    pub fn holds(&self, other: &Self) -> bool {
+        other.vcpus <= self.vcpus
+            && other.memory_bytes <= self.memory_bytes
+            && other.huge_pages <= self.huge_pages
+    }
+}
+
+impl std::fmt::Display for VmSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { vcpus, .. } = self;
+        write!(f, "{vcpus} vCPUs and {} MiB", self.memory_bytes / MIB)?;
+        if self.huge_pages > 0 {
+            write!(f, ", {} huge pages of it", self.huge_pages)?;
+        }
+        Ok(())
+    }
+}
+
 /// Size of the only huge pages that the guest has, as kubelets name it and in bytes.
 const HUGE_PAGE: (&str, u64) = ("2MB", 2 * MIB);
 
@@ -51,28 +71,37 @@ fn huge_pages(config: &cri::PodSandboxConfig) -> Result<u64> {
 /// INVALID_ARGUMENT: huge pages of a size that VMs do not have.
 pub fn of(config: &cri::PodSandboxConfig, defaults: &config::Vm) -> Result<VmSize> {
     let linux = config.linux.as_ref();
-    let resources = linux.and_then(|linux| linux.resources.as_ref());
-    let overhead = linux.and_then(|linux| linux.overhead.as_ref());
-    let limit = resources.map_or(0, |r| r.memory_limit_in_bytes.max(0) as u64);
-    let memory = if limit == 0 {
-        defaults.memory_mib * MIB
-    } else {
-        limit + overhead.map_or(0, |r| r.memory_limit_in_bytes.max(0) as u64)
-    };
+    let memory = linux.and_then(memory_limit);
     let huge_pages = huge_pages(config)?;
     let memory = memory
+        .unwrap_or(defaults.memory_mib * MIB)
         .max(defaults.min_memory_mib * MIB)
         .saturating_add(huge_pages.saturating_mul(HUGE_PAGE.1));
-    let vcpus = match resources.map_or(0.0, cpus) {
-        limit if limit > 0.0 => (limit + overhead.map_or(0.0, cpus)).ceil() as u32,
-        _ => defaults.vcpus,
-    };
+    let vcpus = linux
+        .and_then(cpu_limit)
+        .map_or(defaults.vcpus, |cpus| cpus.ceil() as u32);
     let host = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     Ok(VmSize {
         vcpus: vcpus.clamp(1, host),
         memory_bytes: memory.checked_next_multiple_of(2 * MIB).unwrap_or(memory),
         huge_pages,
     })
+}
+
+/// Bytes of memory that the pod may use, its overhead among them; `None`: no limit.
+pub fn memory_limit(linux: &cri::LinuxPodSandboxConfig) -> Option<u64> {
+    let bytes = |resources: &Option<cri::LinuxContainerResources>| {
+        let resources = resources.as_ref();
+        resources.map_or(0, |resources| resources.memory_limit_in_bytes.max(0) as u64)
+    };
+    let limit = bytes(&linux.resources);
+    (limit > 0).then(|| limit.saturating_add(bytes(&linux.overhead)))
+}
+
+/// CPUs that the pod may use, its overhead among them; `None`: no limit.
+pub fn cpu_limit(linux: &cri::LinuxPodSandboxConfig) -> Option<f64> {
+    let limit = linux.resources.as_ref().map_or(0.0, cpus);
+    (limit > 0.0).then(|| limit + linux.overhead.as_ref().map_or(0.0, cpus))
 }
 
 /// CPUs that a CFS quota allows; 0: no limit.

@@ -13,9 +13,10 @@ use hyper::service::service_fn;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 use tracing::{debug, warn};
 
 use crate::backend::{Attach, Backend, Exec, PortForward, Session, Streams};
@@ -51,21 +52,24 @@ const OPENED_STREAMS: usize = 8;
 /// Between failures of `accept`: out of descriptors, the next one would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Deadlines of clients.
-#[derive(Clone, Copy, Debug)]
+/// Deadlines of clients, and how they connect.
+#[derive(Clone, Debug)]
 pub struct Config {
     /// A connection on which nothing was moved for so long ends.
     pub idle_timeout: Duration,
     /// How long a client may take to open its streams.
     pub creation_timeout: Duration,
+    /// For TLS; `None`: without.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
 }
 
 impl Default for Config {
-    /// Those of the kubelet's own server.
+    /// Those of the kubelet's own server, without TLS.
     fn default() -> Self {
         Self {
             idle_timeout: Duration::from_hours(4),
             creation_timeout: Duration::from_secs(30),
+            tls: None,
         }
     }
 }
@@ -103,12 +107,16 @@ impl<B> Clone for Server<B> {
 impl<B: Backend> Server<B> {
     /// A server whose clients reach it at `address`.
     pub fn new(backend: B, address: SocketAddr, config: Config) -> Self {
+        let scheme = if config.tls.is_some() {
+            "https"
+        } else {
+            "http"
+        };
         let shared = Shared {
             tokens: Tokens::default(),
             backend: Arc::new(backend),
             config,
-            // TLS would be `https`, and an acceptor around the stream in `connection`.
-            base: format!("http://{address}"),
+            base: format!("{scheme}://{address}"),
         };
         Self {
             shared: Arc::new(shared),
@@ -152,9 +160,7 @@ impl<B: Backend> Server<B> {
                 Ok((stream, _)) => {
                     let server = self.clone();
                     let _ = stream.set_nodelay(true);
-                    tokio::spawn(async move {
-                        server.connection(stream, place).await;
-                    });
+                    tokio::spawn(server.client(stream, place));
                 }
                 Err(error) => {
                     warn!(%error, "a streaming client cannot be accepted");
@@ -164,8 +170,21 @@ impl<B: Backend> Server<B> {
         }
     }
 
+    /// One client; with TLS, its handshake first.
+    async fn client(self, stream: TcpStream, place: OwnedSemaphorePermit) {
+        let Some(tls) = self.shared.config.tls.clone() else {
+            return self.connection(stream, place).await;
+        };
+        let handshake = timeout(REQUEST_DEADLINE, TlsAcceptor::from(tls).accept(stream));
+        match handshake.await {
+            Ok(Ok(stream)) => self.connection(stream, place).await,
+            Ok(Err(error)) => debug!(%error, "a streaming client's TLS"),
+            Err(_) => debug!("a streaming client does not end its TLS handshake"),
+        }
+    }
+
     /// One request of a client; its upgraded connection is a task of its own, which keeps `place`.
-    async fn connection<T>(self, stream: T, place: tokio::sync::OwnedSemaphorePermit)
+    async fn connection<T>(self, stream: T, place: OwnedSemaphorePermit)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -190,7 +209,7 @@ impl<B: Backend> Server<B> {
     fn answer(
         &self,
         mut request: Request<Body>,
-        place: Arc<tokio::sync::OwnedSemaphorePermit>,
+        place: Arc<OwnedSemaphorePermit>,
     ) -> Response<String> {
         if !matches!(*request.method(), Method::GET | Method::POST) {
             return text(StatusCode::METHOD_NOT_ALLOWED, "GET or POST");

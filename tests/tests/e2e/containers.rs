@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use podvisor_tests::crictl::{container, shell, with_pod};
 use podvisor_tests::daemon::Daemon;
-use podvisor_tests::logs;
 use podvisor_tests::oci::{Image, Layer};
 use podvisor_tests::registry::{Registry, busybox};
+use podvisor_tests::{eventually, logs};
 use serde_json::{Value, json};
 use tonic::Code;
 
@@ -230,6 +230,46 @@ fn a_log_is_rotated() {
     all.extend(logs::stdout(&log));
     assert_eq!(all.pop().as_deref(), Some("end"));
     logs::assert_same(&all, &logs::seq(all.len()));
+}
+
+#[test]
+fn a_log_is_rotated_while_it_is_written_as_fast_as_can_be() {
+    let (daemon, pod, id) = with_pod("torrent");
+    let on_host = daemon.pod("torrent-host").by_handler("runc");
+    let on_host_id = daemon.run_pod(&on_host);
+    let script = "n=1; while [ ! -e /stop ]; do seq $n $((n + 999)); n=$((n + 1000)); done; \
+                  echo end; exec sleep 1000";
+    for (pod, id) in [(pod, id), (on_host, on_host_id)] {
+        let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), script));
+        let log = pod.log("c");
+        let cri = daemon.cri();
+        let mut rotated = Vec::new();
+        for number in 0..25 {
+            eventually("lines in the new file", || {
+                let length = std::fs::metadata(&log).expect("it is there").len();
+                (length > 0).then_some(())
+            });
+            let old = pod.log_dir.join(format!("c.log.{number}"));
+            std::fs::rename(&log, &old).expect("both are ours");
+            let request = podvisor_proto::cri::ReopenContainerLogRequest {
+                container_id: container.clone(),
+            };
+            let reopened = cri.call(async |mut c| c.reopen_container_log(request).await);
+            reopened.expect("ReopenContainerLog");
+            rotated.push((std::fs::metadata(&old).expect("just made").len(), old));
+        }
+        daemon.exec(&container, &["touch", "/stop"]);
+        logs::wait_for(&log, "end");
+        let mut all = Vec::new();
+        for (length, old) in &rotated {
+            let now = std::fs::metadata(old).expect("nobody removes it").len();
+            assert_eq!(now, *length, "written after ReopenContainerLog's answer");
+            all.extend(logs::stdout(old));
+        }
+        all.extend(logs::stdout(&log));
+        assert_eq!(all.pop().as_deref(), Some("end"));
+        logs::assert_same(&all, &logs::seq(all.len()));
+    }
 }
 
 #[test]

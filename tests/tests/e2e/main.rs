@@ -6,6 +6,8 @@ mod bad_input;
 mod cli;
 mod confinement;
 mod containers;
+mod events;
+mod health;
 mod host_pods;
 mod images;
 mod metrics;

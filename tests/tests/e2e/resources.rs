@@ -380,3 +380,79 @@ fn cpus_are_the_hosts() {
         "0"
     );
 }
+
+#[test]
+fn a_pods_own_limits() {
+    const MIB: i64 = 1 << 20;
+    let daemon = Daemon::start();
+    let resources =
+        json!({"memory_limit_in_bytes": 256 * MIB, "cpu_quota": 100_000, "cpu_period": 100_000});
+    let asks = |name, handler| {
+        let linux = json!({ "resources": resources });
+        daemon.pod(name).by_handler(handler).with("linux", linux)
+    };
+    let in_vm = daemon.run_pod(&asks("vm", "podvisor"));
+    let on_host = daemon.run_pod(&asks("host", "runc"));
+    let cri = daemon.cri();
+    let update = |id: &str, memory: i64, quota: i64| {
+        let request = cri::UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: id.into(),
+            overhead: None,
+            resources: Some(cri::LinuxContainerResources {
+                memory_limit_in_bytes: memory,
+                cpu_quota: quota,
+                ..Default::default()
+            }),
+        };
+        cri.call(async |mut c| c.update_pod_sandbox_resources(request).await)
+            .map(drop)
+    };
+    let parent = daemon.instance.cgroup_parent();
+    let is = |id: &str, names: [&str; 2]| -> String {
+        let groups = host_groups(parent.trim_matches('/'), id);
+        let mut files = groups.iter().flat_map(|group| names.map(|n| group.join(n)));
+        let text = files.find_map(|file| std::fs::read_to_string(file).ok());
+        text.expect("a controller").trim().into()
+    };
+    let quota = |id: &str| is(id, ["cpu.max", "cpu.cfs_quota_us"]);
+    let memory = |id: &str| is(id, ["memory.max", "memory.limit_in_bytes"]);
+
+    for id in [&in_vm, &on_host] {
+        update(id, 0, 50_000).expect("less");
+        assert_eq!(quota(id).split(' ').next(), Some("50000"));
+        update(id, 0, 50_000).expect("again is no error");
+        update(id, 0, 0).expect("nothing is no error");
+        let error = update("no such pod", 0, 0).expect_err("there is none");
+        assert_eq!(error.code(), Code::NotFound, "{error}");
+    }
+    update(&on_host, 128 * MIB, 0).expect("less memory");
+    assert_eq!(memory(&on_host), (128 * MIB).to_string());
+    update(&on_host, 512 * MIB, 0).expect("more memory");
+    assert_eq!(memory(&on_host), (512 * MIB).to_string());
+    let error = update(&on_host, 4096, 0).expect_err("less than is in use");
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    assert_eq!(memory(&on_host), (512 * MIB).to_string());
+
+    // A VM keeps its size.
+    update(&in_vm, 128 * MIB, 0).expect("less memory");
+    let error = update(&in_vm, 512 * MIB, 0).expect_err("a VM does not grow");
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    assert!(error.message().contains("256 MiB"), "{error}");
+
+    // The group of a parent that somebody made for the pod is somebody's.
+    let place = format!("{}/theirs", parent.trim_matches('/'));
+    let linux = json!({"resources": resources, "cgroup_parent": place});
+    let theirs = daemon.run_pod(&daemon.pod("theirs").with("linux", linux));
+    update(&theirs, 0, 50_000).expect("accepted");
+    let unlimited = host_groups(&place, &theirs);
+    for file in unlimited.iter().map(|group| group.join("cpu.cfs_quota_us")) {
+        if let Ok(quota) = std::fs::read_to_string(file) {
+            assert_eq!(quota.trim(), "-1");
+        }
+    }
+    daemon.cri().stop_pod(&in_vm).expect("StopPodSandbox");
+    let error = update(&in_vm, 0, 0).expect_err("it does not run");
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    cri.remove_pod(&theirs);
+    remove_parents(&place);
+}

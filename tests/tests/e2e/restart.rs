@@ -114,7 +114,7 @@ fn a_pod_that_dies_while_the_daemon_is_away() {
 }
 
 /// The process of a pod whose command contains `name`.
-fn process_of(daemon: &Daemon, name: &str, id: &str) -> nix::unistd::Pid {
+pub fn process_of(daemon: &Daemon, name: &str, id: &str) -> nix::unistd::Pid {
     let cgroup = format!("podvisor-{id}");
     let all = daemon.instance.processes();
     let found = all.iter().find(|(pid, command)| {

@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
+use podvisor_proto::cri;
 use podvisor_tests::crictl::{Ran, container, shell};
-use podvisor_tests::daemon::Daemon;
+use podvisor_tests::daemon::{Daemon, Options};
 use podvisor_tests::registry::busybox;
-use podvisor_tests::{eventually, logs, output_in_time};
+use podvisor_tests::{eventually, finished, http, logs, output_in_time};
 use serde_json::{Value, json};
 use tonic::Code;
 
@@ -123,10 +124,9 @@ fn exec_works(handler: &'static str) {
     });
 }
 
-/// Ends a crictl and what ends it when it hangs, as a terminal that is closed would.
+/// The end of a crictl, without a word: SIGTERM it may take for later.
 fn end(mut child: Child) {
-    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it runs");
+    child.kill().expect("it runs");
     child.wait().expect("it is ours");
 }
 
@@ -143,8 +143,8 @@ fn exec_on_the_host() {
 #[test]
 fn exec_that_cannot_be() {
     let (daemon, container) = with_container("podvisor");
-    let exec = |change: &dyn Fn(&mut podvisor_proto::cri::ExecRequest)| {
-        let mut request = podvisor_proto::cri::ExecRequest {
+    let exec = |change: &dyn Fn(&mut cri::ExecRequest)| {
+        let mut request = cri::ExecRequest {
             container_id: container.clone(),
             cmd: vec!["true".to_owned()],
             stdout: true,
@@ -505,4 +505,74 @@ fn ports_in_a_vm_with_a_user_namespace() {
     let options = json!({"userns_options": {"mode": 0, "uids": ids, "gids": ids}});
     let linux = json!({"security_context": {"namespace_options": options}});
     port_forward_works("podvisor", &linux);
+}
+
+#[test]
+fn over_tls() {
+    // The test's own authority, whose name on the certificate is the only one that is good.
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let (certificate, key) = (file("cert.pem"), file("key.pem"));
+    let made = finished(Command::new("openssl").args([
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=podvisor",
+        "-addext",
+        "subjectAltName=DNS:streaming.test",
+        "-out",
+        &certificate,
+        "-keyout",
+        &key,
+    ]));
+    assert!(made.status.success(), "{made:?}");
+    let daemon = Daemon::start_with(&Options {
+        config: vec![
+            ("streaming", format!("tls_certificate = \"{certificate}\"")),
+            ("streaming", format!("tls_key = \"{key}\"")),
+        ],
+        ..Options::default()
+    });
+    daemon.crictl(&["pull", &busybox()]).ok();
+    let pod = daemon.pod("tls");
+    let id = daemon.run_pod(&pod);
+    let c = daemon.create_started(&id, &pod, &shell("c", &busybox(), "exec sleep 10000"));
+    for transport in TRANSPORTS {
+        let exec = |name: &str| {
+            // crictl wants a certificate of its own as well; the server asks for none.
+            let trust = ["--tls-ca", &certificate, "--tls-cert", &certificate];
+            let args = [
+                &["exec", "-i", "--transport", transport][..],
+                &trust,
+                &["--tls-key", &key, "--tls-sni", name],
+                &[&c, "sh", "-c", "wc -c; exit 4"],
+            ];
+            with_input(&daemon, &args.concat(), &vec![b'x'; 1 << 20])
+        };
+        let ran = exec("streaming.test");
+        assert_eq!(ran.stdout.trim(), "1048576", "{transport}: {}", ran.stderr);
+        assert!(ran.stderr.contains("exit code 4"), "{}", ran.stderr);
+        // Nobody is taken for this server by another name.
+        let ran = exec("other.test");
+        assert!(ran.stderr.contains("certificate"), "{}", ran.stderr);
+    }
+    let request = cri::ExecRequest {
+        container_id: c,
+        cmd: vec!["true".into()],
+        stdout: true,
+        ..Default::default()
+    };
+    let url = daemon.cri().call(async |mut c| c.exec(request).await);
+    let url = url.expect("Exec").url;
+    let address = url.strip_prefix("https://").expect("TLS");
+    let address = address.split('/').next().expect("an address");
+    let answer = http::request(address, "GET", "/", &[], &[]);
+    assert!(answer.is_err(), "without TLS: {answer:?}");
 }

@@ -7,25 +7,19 @@ use tonic::Status;
 use super::around::{Answer, Wrap};
 
 /// Paths of the RPCs that are not implemented yet.
-pub const LATER: [&str; 18] = [
-    "/runtime.v1.RuntimeService/StreamPodSandboxes",
-    "/runtime.v1.RuntimeService/StreamContainers",
+pub const LATER: [&str; 12] = [
     "/runtime.v1.RuntimeService/ContainerStats",
     "/runtime.v1.RuntimeService/ListContainerStats",
     "/runtime.v1.RuntimeService/StreamContainerStats",
     "/runtime.v1.RuntimeService/PodSandboxStats",
     "/runtime.v1.RuntimeService/ListPodSandboxStats",
     "/runtime.v1.RuntimeService/StreamPodSandboxStats",
-    "/runtime.v1.RuntimeService/UpdateRuntimeConfig",
     "/runtime.v1.RuntimeService/CheckpointContainer",
     "/runtime.v1.RuntimeService/CheckpointPod",
     "/runtime.v1.RuntimeService/RestorePod",
-    "/runtime.v1.RuntimeService/GetContainerEvents",
     "/runtime.v1.RuntimeService/ListMetricDescriptors",
     "/runtime.v1.RuntimeService/ListPodSandboxMetrics",
     "/runtime.v1.RuntimeService/StreamPodSandboxMetrics",
-    "/runtime.v1.RuntimeService/UpdatePodSandboxResources",
-    "/runtime.v1.ImageService/StreamImages",
 ];
 
 /// Answers the RPCs of [`LATER`] in the place of the services.

@@ -3,8 +3,12 @@
 pub mod around;
 pub mod control;
 pub mod deadline;
+mod events;
+pub mod health;
 pub mod image;
 pub mod later;
+mod lists;
+mod messages;
 pub mod metered;
 pub mod runtime;
 mod status;

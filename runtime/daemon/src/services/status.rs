@@ -1,13 +1,17 @@
 //! Version, Status, RuntimeConfig, and the JSON that verbose answers carry.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 
+use podvisor_network::{CniError, NetworkStatus};
 use podvisor_proto::cri;
 use podvisor_proto::monitor::{self, Backend};
 use serde_json::json;
+use tracing::info;
 
 use crate::config::CgroupDriver;
 use crate::daemon::Daemon;
+use crate::error::{Error, Result};
 use crate::handlers;
 use crate::pod::{Container, Pod};
 
@@ -33,21 +37,64 @@ pub fn runtime_config(daemon: &Daemon) -> cri::RuntimeConfigResponse {
     }
 }
 
-pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
-    let network = daemon.cni.status().await;
+/// Takes note of the node's pod CIDRs. CNI's configuration says which addresses pods have; there is no template of one
+/// to be filled in, as containerd has for nodes without a network add-on.
+///
+/// # Errors
+/// INVALID_ARGUMENT: not a list of CIDRs.
+pub fn update_runtime_config(
+    daemon: &Daemon,
+    request: cri::UpdateRuntimeConfigRequest,
+) -> Result<()> {
+    let config = request.runtime_config.unwrap_or_default();
+    let cidrs = config.network_config.unwrap_or_default().pod_cidr;
+    // Nothing to tell is nothing to change.
+    if cidrs.is_empty() {
+        return Ok(());
+    }
+    if let Some(wrong) = cidrs.split(',').find(|cidr| !is_cidr(cidr.trim())) {
+        return Err(Error::Invalid {
+            field: "runtime_config.network_config.pod_cidr",
+            problem: format!("{wrong:?} is no address and prefix length"),
+        });
+    }
+    info!(cidrs, "pod CIDR: CNI's configuration decides");
+    *daemon.pod_cidr() = cidrs;
+    Ok(())
+}
+
+fn is_cidr(text: &str) -> bool {
+    let Some((address, length)) = text.split_once('/') else {
+        return false;
+    };
+    let Ok(address) = address.parse::<IpAddr>() else {
+        return false;
+    };
+    let bits = if address.is_ipv4() { 32 } else { 128 };
+    length.parse::<u8>().is_ok_and(|length| length <= bits)
+}
+
+/// RuntimeReady and NetworkReady.
+pub fn conditions(
+    daemon: &Daemon,
+    network: &Result<NetworkStatus, CniError>,
+) -> Vec<cri::RuntimeCondition> {
     let missing = missing_file(daemon).map(|what| ("RuntimeIncomplete", what));
     let unusable = daemon.vmm.problem();
     let problem = missing.or(unusable.map(|why| ("KvmUnusable", why.to_owned())));
-    let conditions = vec![
+    let network = network.as_ref().err();
+    vec![
         condition("RuntimeReady", problem),
         condition(
             "NetworkReady",
-            network
-                .as_ref()
-                .err()
-                .map(|error| ("NetworkPluginNotReady", error.to_string())),
+            network.map(|error| ("NetworkPluginNotReady", error.to_string())),
         ),
-    ];
+    ]
+}
+
+pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
+    let network = daemon.cni.status().await;
+    let conditions = conditions(daemon, &network);
     let features = |in_vm: bool| cri::RuntimeHandlerFeatures {
         recursive_read_only_mounts: true,
         user_namespaces: in_vm,
@@ -65,24 +112,9 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
     let named = handlers::names(&daemon.config).filter(usable).map(handler);
     let mut info = HashMap::new();
     if verbose {
-        let vmm = match daemon.vmm.backend {
-            Backend::Kvm => json!({ "backend": "kvm" }),
-            Backend::Qemu => json!({ "backend": "qemu", "accelerator": daemon.vmm.accel }),
-        };
         info.insert(
             "podvisor".to_owned(),
-            json!({
-                "version": env!("CARGO_PKG_VERSION"),
-                "vmm": vmm,
-                "kvm_problem": daemon.vmm.kvm_problem,
-                "warnings": daemon.warnings,
-                "network": network.ok().map(|network| json!({
-                    "name": network.name,
-                    "file": network.file,
-                    "ignored": network.ignored,
-                })),
-            })
-            .to_string(),
+            about(daemon, network.ok()).to_string(),
         );
         if let Ok(config) = serde_json::to_string(&daemon.config) {
             info.insert("config".to_owned(), config);
@@ -98,6 +130,41 @@ pub async fn status(daemon: &Daemon, verbose: bool) -> cri::StatusResponse {
             ..Default::default()
         }),
     }
+}
+
+/// What an operator may want to know of this podvisord.
+fn about(daemon: &Daemon, network: Option<NetworkStatus>) -> serde_json::Value {
+    let vmm = match daemon.vmm.backend {
+        Backend::Kvm => json!({ "backend": "kvm" }),
+        Backend::Qemu => json!({ "backend": "qemu", "accelerator": daemon.vmm.accel }),
+    };
+    let handlers: BTreeMap<_, _> = handlers::names(&daemon.config)
+        .map(|name| match handlers::runtime(&daemon.config, name) {
+            Ok(None) => (name, json!({ "runs": "VMs" })),
+            Ok(Some(runtime)) => (name, json!({ "runs": "on the node", "runtime": runtime })),
+            Err(error) => (name, json!({ "unusable": error.to_string() })),
+        })
+        .collect();
+    let kernel = nix::sys::utsname::uname().ok();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "pid": std::process::id(),
+        "nodeKernel": kernel.map(|kernel| kernel.release().to_string_lossy().into_owned()),
+        "vmm": vmm,
+        "kvm_problem": daemon.vmm.kvm_problem,
+        "warnings": daemon.warnings,
+        "handlers": handlers,
+        "guest": {
+            "kernel": daemon.config.kernel_path(),
+            "initramfs": daemon.config.initramfs_path(),
+        },
+        "network": network.map(|network| json!({
+            "name": network.name,
+            "file": network.file,
+            "ignored": network.ignored,
+        })),
+        "podCIDR": *daemon.pod_cidr(),
+    })
 }
 
 /// The first thing without which no pod can start.
@@ -191,4 +258,26 @@ pub fn container_info(container: &Container) -> HashMap<String, String> {
         })
         .to_string(),
     )])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cidrs_of_both_families() {
+        for good in ["10.0.0.0/16", "fd00::/64", "0.0.0.0/0"] {
+            assert!(is_cidr(good), "{good}");
+        }
+        for bad in [
+            "",
+            "10.0.0.0",
+            "10.0.0.0/33",
+            "fd00::/129",
+            "x/8",
+            "10.0.0.0/-1",
+        ] {
+            assert!(!is_cidr(bad), "{bad}");
+        }
+    }
 }
