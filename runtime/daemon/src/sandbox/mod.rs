@@ -336,6 +336,7 @@ impl Daemon {
             dir: dir.display().to_string(),
             own_uts: host_pod.own_uts,
             own_ipc: host_pod.own_ipc,
+            writable_dir: writable.display().to_string(),
         };
         let parent = self.cgroup_parent(config);
         let leaf = inventory::cgroup_leaf(&self.config.run_dir, id);
