@@ -9,6 +9,7 @@ use podvisor_network::Cni;
 use podvisor_oci::rootfs::Layers;
 use podvisor_proto::monitor::WatchRequest;
 use tokio_stream::StreamExt;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::backend;
@@ -48,6 +49,8 @@ pub struct Daemon {
     pub container_names: Names,
     /// What is counted.
     pub metrics: Metrics,
+    /// Cancelled when podvisord ends: streams to clients that have no end of their own end then.
+    pub ending: CancellationToken,
 }
 
 impl std::fmt::Debug for Daemon {
@@ -99,7 +102,7 @@ impl Daemon {
         tokio::spawn(async move {
             tokio::select! {
                 () = monitor.died() => {}
-                () = follow(&monitor, &pod) => return,
+                () = daemon.follow(&monitor, &pod) => return,
             }
             let Some(pod) = pod.upgrade() else { return };
             // A monitor that was told to shut down ends too: that is no news.
@@ -110,9 +113,10 @@ impl Daemon {
     }
 
     /// Rule 2 of the design: a monitor's death is one pod's death, reported at once.
-    pub async fn monitor_died(&self, pod: &Pod) {
+    pub async fn monitor_died(&self, pod: &Arc<Pod>) {
         let last = read_state_file(&self.sandbox_dir(&pod.id));
-        let record = pod.monitor_gone(last, "the pod's monitor died", now_ns());
+        let why = "the pod's monitor died";
+        let record = self.pods.monitor_gone(pod, last, why, now_ns());
         warn!(sandbox = pod.id, "monitor died: the pod is dead");
         if Self::is_on_host(&record) {
             // With a VM, its containers are dead too.
@@ -122,33 +126,33 @@ impl Daemon {
             warn!(sandbox = pod.id, %error, "cannot record the pod's death");
         }
     }
-}
 
-/// Copies states from the monitor to the pod. Ends when the pod is forgotten. A monitor that does
-/// not answer while its process lives is retried for ever and never killed: it may only be busy.
-async fn follow(monitor: &Monitor, pod: &std::sync::Weak<Pod>) {
-    loop {
-        match monitor.client().watch(WatchRequest {}).await {
-            Ok(stream) => {
-                let mut stream = stream.into_inner();
-                while let Some(Ok(snapshot)) = stream.next().await {
-                    let Some(pod) = pod.upgrade() else { return };
-                    debug!(
-                        sandbox = pod.id,
-                        revision = snapshot.revision,
-                        "state from the monitor"
-                    );
-                    pod.apply(Some(snapshot));
+    /// Copies states from the monitor to the pod. Ends when the pod is forgotten. A monitor that does
+    /// not answer while its process lives is retried for ever and never killed: it may only be busy.
+    async fn follow(&self, monitor: &Monitor, pod: &std::sync::Weak<Pod>) {
+        loop {
+            match monitor.client().watch(WatchRequest {}).await {
+                Ok(stream) => {
+                    let mut stream = stream.into_inner();
+                    while let Some(Ok(snapshot)) = stream.next().await {
+                        let Some(pod) = pod.upgrade() else { return };
+                        debug!(
+                            sandbox = pod.id,
+                            revision = snapshot.revision,
+                            "state from the monitor"
+                        );
+                        self.pods.apply(&pod, Some(snapshot));
+                    }
+                }
+                Err(status) => {
+                    info!(pid = monitor.pid(), %status, "monitor does not answer, trying again");
                 }
             }
-            Err(status) => {
-                info!(pid = monitor.pid(), %status, "monitor does not answer, trying again");
+            if pod.strong_count() == 0 {
+                return;
             }
+            tokio::time::sleep(RECONNECT).await;
         }
-        if pod.strong_count() == 0 {
-            return;
-        }
-        tokio::time::sleep(RECONNECT).await;
     }
 }
 

@@ -15,6 +15,7 @@
 //! | module           | what it holds                                                         |
 //! |------------------|-----------------------------------------------------------------------|
 //! | [`pod`]          | pods and containers in memory: lists are answered from here           |
+//! | [`events`]       | what becomes of them, told to subscribers                              |
 //! | [`store`]        | what was asked, on disk                                               |
 //! | [`monitor`]      | the keeper of one pod: start it, find it, call it, see it die         |
 //! | [`spec`]         | the OCI spec of a container                                           |
@@ -43,6 +44,7 @@ mod confinement;
 pub mod container;
 pub mod daemon;
 pub mod error;
+pub mod events;
 pub mod guest_config;
 pub mod handlers;
 pub mod host;

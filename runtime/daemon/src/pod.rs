@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use podvisor_proto::{cri, monitor};
 
 use crate::error::{Error, Result};
+use crate::events::{Events, Told, View};
 use crate::ids::{self, Reservation};
 use crate::monitor::Monitor;
 use crate::store::{ContainerRecord, Phase, SandboxRecord};
@@ -26,6 +27,8 @@ pub struct Pod {
     pub volumes: tokio::sync::Mutex<Option<Arc<FsServer>>>,
     _name: Reservation,
     state: Mutex<State>,
+    /// To subscribers of events. Taken before the state and the lists are.
+    told: Mutex<Told>,
 }
 
 #[derive(Debug)]
@@ -46,6 +49,8 @@ pub struct Container {
     /// Serialises changes of its limits.
     pub updating: tokio::sync::Mutex<()>,
     limits: Mutex<cri::LinuxContainerResources>,
+    /// Its state while it is removed: its monitor forgets it before the lists do.
+    last: Mutex<Option<monitor::Container>>,
     _name: Reservation,
 }
 
@@ -68,6 +73,7 @@ impl Pod {
                 monitor,
                 stopping: false,
             }),
+            told: Mutex::default(),
         }
     }
 
@@ -93,8 +99,7 @@ impl Pod {
         self.state().snapshot.clone()
     }
 
-    /// Takes a newer state over. An older one, overtaken on the way, is dropped.
-    pub fn apply(&self, snapshot: Option<monitor::Snapshot>) {
+    fn apply(&self, snapshot: Option<monitor::Snapshot>) {
         let Some(snapshot) = snapshot else { return };
         let mut state = self.state();
         if snapshot.revision > state.snapshot.revision {
@@ -140,14 +145,11 @@ impl Pod {
         self.state().monitor.clone()
     }
 
-    /// From now on the sandbox is NOTREADY and takes no new containers.
-    pub fn begin_stop(&self) {
+    fn begin_stop(&self) {
         self.state().stopping = true;
     }
 
-    /// The monitor is gone: whatever still ran in the VM died with it. `last` is its state file, if
-    /// it could be read. Returns the record to be kept.
-    pub fn monitor_gone(
+    fn monitor_gone(
         &self,
         last: Option<monitor::Snapshot>,
         reason: &str,
@@ -222,6 +224,7 @@ impl Container {
             pod,
             updating: tokio::sync::Mutex::default(),
             limits: limits.into(),
+            last: Mutex::default(),
             _name: name,
         }
     }
@@ -249,14 +252,32 @@ impl Container {
 
     /// Its newest state.
     pub fn state(&self) -> monitor::Container {
-        self.pod.container_state(&self.record.id)
+        let last = self.last().clone();
+        last.unwrap_or_else(|| self.pod.container_state(&self.record.id))
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<monitor::Container>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is being removed: its state stays as it is.
+    pub fn begin_removal(&self) {
+        let state = self.state();
+        *self.last() = Some(state);
+    }
+
+    /// It could not be removed.
+    pub fn abandon_removal(&self) {
+        *self.last() = None;
     }
 }
 
-/// All pods and containers.
+/// All pods and containers, and who is told what becomes of them.
 #[derive(Debug, Default)]
 pub struct Pods {
     inner: RwLock<Inner>,
+    /// Subscribers.
+    pub events: Events,
 }
 
 #[derive(Debug, Default)]
@@ -275,27 +296,80 @@ impl Pods {
     }
 
     /// Makes a pod visible.
-    pub fn insert(&self, pod: Arc<Pod>) {
-        self.write().pods.insert(pod.id.clone(), pod);
+    pub fn insert(&self, pod: &Arc<Pod>) {
+        let inserted = Arc::clone(pod);
+        self.write().pods.insert(pod.id.clone(), inserted);
+        self.publish(pod, false);
     }
 
     /// Makes a container visible.
     pub fn insert_container(&self, container: Arc<Container>) {
-        self.write()
-            .containers
-            .insert(container.record.id.clone(), container);
+        let pod = Arc::clone(&container.pod);
+        let id = container.record.id.clone();
+        self.write().containers.insert(id, container);
+        self.publish(&pod, false);
     }
 
     /// Forgets a pod and its containers.
-    pub fn remove(&self, id: &str) {
+    pub fn remove(&self, pod: &Arc<Pod>) {
         let mut inner = self.write();
-        inner.pods.remove(id);
-        inner.containers.retain(|_, c| c.record.sandbox_id != id);
+        inner.pods.remove(&pod.id);
+        inner
+            .containers
+            .retain(|_, container| container.record.sandbox_id != pod.id);
+        drop(inner);
+        self.publish(pod, true);
     }
 
     /// Forgets a container.
-    pub fn remove_container(&self, id: &str) {
-        self.write().containers.remove(id);
+    pub fn remove_container(&self, container: &Container) {
+        self.write().containers.remove(&container.record.id);
+        self.publish(&container.pod, false);
+    }
+
+    /// Takes a newer state of a pod over. An older one, overtaken on the way, is dropped.
+    pub fn apply(&self, pod: &Arc<Pod>, snapshot: Option<monitor::Snapshot>) {
+        pod.apply(snapshot);
+        self.publish(pod, false);
+    }
+
+    /// From now on the sandbox is NOTREADY and takes no new containers.
+    pub fn begin_stop(&self, pod: &Arc<Pod>) {
+        pod.begin_stop();
+        self.publish(pod, false);
+    }
+
+    /// The monitor is gone: whatever still ran in the VM died with it. `last` is its state file, if
+    /// it could be read. Returns the record to be kept.
+    pub fn monitor_gone(
+        &self,
+        pod: &Arc<Pod>,
+        last: Option<monitor::Snapshot>,
+        reason: &str,
+        now_ns: u64,
+    ) -> SandboxRecord {
+        let record = pod.monitor_gone(last, reason, now_ns);
+        self.publish(pod, false);
+        record
+    }
+
+    /// Tells subscribers what has changed of a pod. One at a time for each pod: what they are told is never older
+    /// than what they were told before.
+    fn publish(&self, pod: &Arc<Pod>, removed: bool) {
+        let mut told = pod.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let containers = self.containers_of(&pod.id);
+        let view = View {
+            pod: Arc::clone(pod),
+            state: pod.cri_state(),
+            containers: containers
+                .into_iter()
+                .map(|container| {
+                    let state = container.state();
+                    (container, state)
+                })
+                .collect(),
+        };
+        self.events.publish(&mut told, view, removed);
     }
 
     /// The pod with this id or unambiguous beginning of one.
@@ -340,8 +414,13 @@ impl Pods {
 
     /// The containers of one pod, oldest first.
     pub fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
-        let mut containers = self.all_containers();
-        containers.retain(|container| container.record.sandbox_id == pod_id);
+        let inner = self.read();
+        let all = inner.containers.values();
+        let mut containers: Vec<_> = all
+            .filter(|container| container.record.sandbox_id == pod_id)
+            .cloned()
+            .collect();
+        containers.sort_by_key(|container| container.record.created_ns);
         containers
     }
 }

@@ -89,10 +89,11 @@ impl Daemon {
             if Self::is_on_host(&pod.record()) {
                 self.kill_processes(&pod.record()).await;
             }
-            let record = pod.monitor_gone(None, "the pod's monitor died", now_ns());
+            let why = "the pod's monitor died";
+            let record = self.pods.monitor_gone(&pod, None, why, now_ns());
             self.store.put_sandbox(record).await?;
         }
-        self.pods.insert(Arc::clone(&pod));
+        self.pods.insert(&pod);
         self.watch(&pod);
         Ok(())
     }

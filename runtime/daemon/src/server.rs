@@ -18,6 +18,7 @@ use podvisor_proto::cri::runtime_service_server::RuntimeServiceServer;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tracing::{info, warn};
 
@@ -70,7 +71,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let listener = listen(&daemon.config.socket_path())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
         .layer(MeteredLayer(Arc::clone(&daemon)))
         .layer(DeadlineLayer)
@@ -86,9 +86,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 .max_encoding_message_size(MAX_MESSAGE),
         )
         .add_service(ControlServer::new(Control::new(Arc::clone(&daemon))))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
-            let _ = stopped.await;
-        });
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), daemon.ending.cancelled());
     let mut server = std::pin::pin!(server);
     info!(socket = %daemon.config.socket_path().display(), "ready");
     tokio::select! {
@@ -96,7 +94,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         _ = terminate.recv() => info!("SIGTERM: pods live on"),
         _ = interrupt.recv() => info!("SIGINT: pods live on"),
     }
-    let _ = stop.send(());
+    daemon.ending.cancel();
     if tokio::time::timeout(DRAIN, server).await.is_err() {
         warn!("some RPCs did not end in time: a restart undoes what they began");
     }
@@ -144,6 +142,7 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
         pods: Pods::default(),
         sandbox_names: Names::default(),
         container_names: Names::default(),
+        ending: CancellationToken::new(),
         config,
     })
 }

@@ -133,7 +133,7 @@ impl Daemon {
                         within(CALL, "CreateContainer", create),
                         daemon.store.put_container(record.clone())
                     );
-                    pod.apply(answer?.snapshot);
+                    daemon.pods.apply(&pod, answer?.snapshot);
                     daemon.confirm_volumes(&pod).await;
                     Ok(stored?)
                 }
@@ -145,7 +145,7 @@ impl Daemon {
                     };
                     let remove = client.remove_container(request);
                     if let Ok(answer) = within(CALL, "RemoveContainer", remove).await {
-                        pod.apply(answer.snapshot);
+                        daemon.pods.apply(&pod, answer.snapshot);
                     }
                     if let Err(error) = daemon.remove_files(&pod, &record.id).await {
                         warn!(container = record.id, %error, "files are left for the pod's end");
@@ -230,7 +230,7 @@ impl Daemon {
         };
         let mut client = monitor.client();
         let answer = within(CALL, "StartContainer", client.start_container(request)).await?;
-        container.pod.apply(answer.snapshot);
+        self.pods.apply(&container.pod, answer.snapshot);
         let now = container.state();
         if now.state() == monitor::ContainerState::Exited && now.reason == "StartError" {
             return Err(Error::Precondition(format!(
@@ -270,7 +270,7 @@ impl Daemon {
         let mut client = monitor.client();
         let stop = client.stop_container(request);
         let answer = within(grace + CALL, "StopContainer", stop).await?;
-        container.pod.apply(answer.snapshot);
+        self.pods.apply(&container.pod, answer.snapshot);
         Ok(())
     }
 
@@ -284,25 +284,36 @@ impl Daemon {
             Err(Error::NotFound { .. }) => return Ok(()),
             Err(error) => return Err(error),
         };
-        let id = container.record.id.clone();
-        if let Some(monitor) = container.pod.monitor() {
-            if container.state().state() == monitor::ContainerState::Running {
-                self.stop_running(&container, Duration::ZERO).await?;
-            }
-            if !Self::is_on_host(&container.pod.record()) {
+        if container.state().state() == monitor::ContainerState::Running {
+            self.stop_running(&container, Duration::ZERO).await?;
+        }
+        container.begin_removal();
+        let removed = self.remove_stopped(&container).await;
+        if removed.is_err() {
+            container.abandon_removal();
+        }
+        removed
+    }
+
+    async fn remove_stopped(&self, container: &Container) -> Result<()> {
+        let id = &container.record.id;
+        let pod = &container.pod;
+        if let Some(monitor) = pod.monitor() {
+            let on_host = Self::is_on_host(&pod.record());
+            if !on_host {
                 // The guest forgets their files when it finds them gone.
-                self.remove_files(&container.pod, &id).await?;
+                self.remove_files(pod, id).await?;
             }
             let request = monitor::RemoveContainerRequest { id: id.clone() };
             let mut client = monitor.client();
             let answer = within(CALL, "RemoveContainer", client.remove_container(request)).await?;
-            container.pod.apply(answer.snapshot);
-            if Self::is_on_host(&container.pod.record()) {
-                self.remove_files(&container.pod, &id).await?;
+            self.pods.apply(pod, answer.snapshot);
+            if on_host {
+                self.remove_files(pod, id).await?;
             }
         }
         self.store.remove_container(id.clone()).await?;
-        self.pods.remove_container(&id);
+        self.pods.remove_container(container);
         Ok(())
     }
 

@@ -117,7 +117,7 @@ impl Daemon {
                     .started(record.timeline.iter().chain(&snapshot.timeline));
                 self.store.put_sandbox(record.clone()).await?;
                 let pod = Arc::new(Pod::new(record, name, snapshot, Some(Arc::new(monitor))));
-                self.pods.insert(Arc::clone(&pod));
+                self.pods.insert(&pod);
                 self.watch(&pod);
                 Ok(())
             }
@@ -422,11 +422,11 @@ impl Daemon {
         self.stop(&pod).await
     }
 
-    async fn stop(&self, pod: &Pod) -> Result<()> {
+    async fn stop(&self, pod: &Arc<Pod>) -> Result<()> {
         if pod.record().phase == Phase::Stopped as i32 {
             return Ok(());
         }
-        pod.begin_stop();
+        self.pods.begin_stop(pod);
         if let Some(monitor) = pod.monitor() {
             let request = monitor::ShutdownRequest { grace_ms: 0 };
             let mut client = monitor.client();
@@ -435,7 +435,7 @@ impl Daemon {
                 () = monitor.died() => Err(Error::MonitorUnreachable("it died".into())),
             };
             match answer {
-                Ok(answer) => pod.apply(answer.snapshot),
+                Ok(answer) => self.pods.apply(pod, answer.snapshot),
                 Err(error) => {
                     warn!(sandbox = pod.id, %error, "no orderly shutdown, killing the monitor");
                 }
@@ -450,7 +450,8 @@ impl Daemon {
                 let _ = timeout(KILLED_PROCESSES, monitor.died()).await;
             }
             let last = crate::monitor::read_state_file(&self.sandbox_dir(&pod.id));
-            let record = pod.monitor_gone(last, "the sandbox was stopped", now_ns());
+            let why = "the sandbox was stopped";
+            let record = self.pods.monitor_gone(pod, last, why, now_ns());
             // Goes on without: on a full disk there is room for a record only after the release.
             if let Err(error) = self.store.put_sandbox(record).await {
                 warn!(sandbox = pod.id, %error, "cannot record the end of the VM yet");
@@ -485,7 +486,7 @@ impl Daemon {
         self.store
             .remove_sandbox(pod.id.clone(), containers)
             .await?;
-        self.pods.remove(&pod.id);
+        self.pods.remove(&pod);
         Ok(())
     }
 

@@ -9,10 +9,11 @@ use podvisor_image::{Credentials, Image};
 use podvisor_proto::cri;
 use podvisor_proto::cri::image_service_server::ImageService;
 use serde_json::json;
+use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status};
 use tracing::{Level, instrument};
 
-use super::answer;
+use super::{answer, lists};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::{Error, Result};
 
@@ -27,6 +28,21 @@ impl Images {
     pub fn new(daemon: Arc<Daemon>) -> Self {
         Self { daemon }
     }
+
+    fn items(
+        &self,
+        filter: Option<cri::ImageFilter>,
+    ) -> impl Iterator<Item = cri::Image> + Send + 'static {
+        let wanted = filter.and_then(|filter| filter.image);
+        let wanted = wanted.map(|image| image.image).unwrap_or_default();
+        let store = &self.daemon.images;
+        let found: Vec<_> = if wanted.is_empty() {
+            store.list()
+        } else {
+            store.resolve(&wanted).into_iter().collect()
+        };
+        found.into_iter().map(|image| cri_image(&image))
+    }
 }
 
 #[tonic::async_trait]
@@ -35,20 +51,17 @@ impl ImageService for Images {
         &self,
         request: Request<cri::ListImagesRequest>,
     ) -> Result<Response<cri::ListImagesResponse>, Status> {
-        let wanted = request
-            .into_inner()
-            .filter
-            .and_then(|filter| filter.image)
-            .map(|image| image.image)
-            .unwrap_or_default();
-        let store = &self.daemon.images;
-        let found = if wanted.is_empty() {
-            store.list()
-        } else {
-            store.resolve(&wanted).into_iter().collect()
-        };
-        let images = found.iter().map(|image| cri_image(image)).collect();
+        let images = self.items(request.into_inner().filter).collect();
         answer(Level::DEBUG, Ok(cri::ListImagesResponse { images }))
+    }
+
+    async fn stream_images(
+        &self,
+        request: Request<cri::StreamImagesRequest>,
+    ) -> Result<Response<BoxStream<cri::StreamImagesResponse>>, Status> {
+        let items = self.items(request.into_inner().filter);
+        let message = |images| cri::StreamImagesResponse { images };
+        answer(Level::DEBUG, Ok(lists::stream(items, message)))
     }
 
     #[instrument(skip_all, name = "ImageStatus")]

@@ -9,9 +9,7 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 
 /// Paths of the RPCs that are not implemented yet.
-pub const LATER: [&str; 18] = [
-    "/runtime.v1.RuntimeService/StreamPodSandboxes",
-    "/runtime.v1.RuntimeService/StreamContainers",
+pub const LATER: [&str; 14] = [
     "/runtime.v1.RuntimeService/ContainerStats",
     "/runtime.v1.RuntimeService/ListContainerStats",
     "/runtime.v1.RuntimeService/StreamContainerStats",
@@ -22,12 +20,10 @@ pub const LATER: [&str; 18] = [
     "/runtime.v1.RuntimeService/CheckpointContainer",
     "/runtime.v1.RuntimeService/CheckpointPod",
     "/runtime.v1.RuntimeService/RestorePod",
-    "/runtime.v1.RuntimeService/GetContainerEvents",
     "/runtime.v1.RuntimeService/ListMetricDescriptors",
     "/runtime.v1.RuntimeService/ListPodSandboxMetrics",
     "/runtime.v1.RuntimeService/StreamPodSandboxMetrics",
     "/runtime.v1.RuntimeService/UpdatePodSandboxResources",
-    "/runtime.v1.ImageService/StreamImages",
 ];
 
 /// Answers the RPCs of [`LATER`] before they reach the services.

@@ -4,6 +4,8 @@ pub mod control;
 pub mod deadline;
 pub mod image;
 pub mod later;
+mod lists;
+mod messages;
 pub mod metered;
 pub mod runtime;
 mod status;

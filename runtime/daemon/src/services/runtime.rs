@@ -3,18 +3,18 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use futures_util::{FutureExt, StreamExt};
+use podvisor_proto::cri;
 use podvisor_proto::cri::runtime_service_server::RuntimeService;
-use podvisor_proto::{cri, monitor};
+use tokio_stream::wrappers::BroadcastStream;
+use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
+use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status};
 use tracing::{Level, instrument};
 
-use super::{answer, status};
+use super::{answer, lists, messages, status};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::Result;
-use crate::handlers::{ROUTED_BECAUSE, ROUTED_TO};
-use crate::pod::{Container, Pod};
-use crate::spec::signal;
-use crate::store::SandboxRecord;
 use crate::streaming::StreamingServer;
 
 /// Serves CRI's runtime half.
@@ -28,6 +28,27 @@ impl Runtime {
     /// A service for `daemon`.
     pub fn new(daemon: Arc<Daemon>, streaming: StreamingServer) -> Self {
         Self { daemon, streaming }
+    }
+
+    fn pod_items(
+        &self,
+        filter: Option<cri::PodSandboxFilter>,
+    ) -> impl Iterator<Item = cri::PodSandbox> + Send + 'static {
+        let filter = filter.unwrap_or_default();
+        let pods = self.daemon.pods.all().into_iter();
+        pods.map(|pod| messages::pod_item(&pod))
+            .filter(move |item| messages::pod_matches(item, &filter))
+    }
+
+    fn container_items(
+        &self,
+        filter: Option<cri::ContainerFilter>,
+    ) -> impl Iterator<Item = cri::Container> + Send + 'static {
+        let filter = filter.unwrap_or_default();
+        let containers = self.daemon.pods.all_containers().into_iter();
+        containers
+            .map(|container| messages::container_item(&container))
+            .filter(move |item| messages::container_matches(item, &filter))
     }
 }
 
@@ -115,7 +136,7 @@ impl RuntimeService for Runtime {
         let result = self.daemon.pods.find(&request.pod_sandbox_id).map(|pod| {
             let containers = self.daemon.pods.containers_of(&pod.id);
             cri::PodSandboxStatusResponse {
-                status: Some(pod_status(&pod)),
+                status: Some(messages::pod_status(&pod, pod.cri_state())),
                 info: if request.verbose {
                     status::pod_info(&pod)
                 } else {
@@ -123,7 +144,7 @@ impl RuntimeService for Runtime {
                 },
                 containers_statuses: containers
                     .iter()
-                    .map(|container| container_status(container))
+                    .map(|container| messages::container_status(container, container.state()))
                     .collect(),
                 timestamp: now_ns() as i64,
             }
@@ -135,16 +156,17 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<cri::ListPodSandboxRequest>,
     ) -> Result<Response<cri::ListPodSandboxResponse>, Status> {
-        let filter = request.into_inner().filter.unwrap_or_default();
-        let items = self
-            .daemon
-            .pods
-            .all()
-            .iter()
-            .map(|pod| pod_item(pod))
-            .filter(|item| pod_matches(item, &filter))
-            .collect();
+        let items = self.pod_items(request.into_inner().filter).collect();
         answer(Level::DEBUG, Ok(cri::ListPodSandboxResponse { items }))
+    }
+
+    async fn stream_pod_sandboxes(
+        &self,
+        request: Request<cri::StreamPodSandboxesRequest>,
+    ) -> Result<Response<BoxStream<cri::StreamPodSandboxesResponse>>, Status> {
+        let items = self.pod_items(request.into_inner().filter);
+        let message = |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes };
+        answer(Level::DEBUG, Ok(lists::stream(items, message)))
     }
 
     #[instrument(skip_all, name = "CreateContainer", fields(sandbox = request.get_ref().pod_sandbox_id, container))]
@@ -203,16 +225,34 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<cri::ListContainersRequest>,
     ) -> Result<Response<cri::ListContainersResponse>, Status> {
-        let filter = request.into_inner().filter.unwrap_or_default();
-        let containers = self
-            .daemon
-            .pods
-            .all_containers()
-            .iter()
-            .map(|container| container_item(container))
-            .filter(|item| container_matches(item, &filter))
-            .collect();
+        let containers = self.container_items(request.into_inner().filter).collect();
         answer(Level::DEBUG, Ok(cri::ListContainersResponse { containers }))
+    }
+
+    async fn stream_containers(
+        &self,
+        request: Request<cri::StreamContainersRequest>,
+    ) -> Result<Response<BoxStream<cri::StreamContainersResponse>>, Status> {
+        let items = self.container_items(request.into_inner().filter);
+        let message = |containers| cri::StreamContainersResponse { containers };
+        answer(Level::DEBUG, Ok(lists::stream(items, message)))
+    }
+
+    async fn get_container_events(
+        &self,
+        _request: Request<cri::GetEventsRequest>,
+    ) -> Result<Response<BoxStream<cri::ContainerEventResponse>>, Status> {
+        let events = BroadcastStream::new(self.daemon.pods.events.subscribe());
+        let events = events.map(|event| match event {
+            Ok(event) => Ok(messages::event(&event)),
+            Err(BroadcastStreamRecvError::Lagged(missed)) => Err(Status::resource_exhausted(
+                format!("{missed} events were not read in time: subscribe again, then list"),
+            )),
+        });
+        let end = self.daemon.ending.clone().cancelled_owned();
+        let last = async { Err(Status::unavailable("podvisord ends")) };
+        let stream = events.take_until(end).chain(last.into_stream());
+        answer(Level::DEBUG, Ok(Box::pin(stream)))
     }
 
     #[instrument(skip_all, name = "ContainerStatus", fields(container = request.get_ref().container_id))]
@@ -223,7 +263,7 @@ impl RuntimeService for Runtime {
         let request = request.into_inner();
         let found = self.daemon.pods.find_container(&request.container_id);
         let result = found.map(|container| cri::ContainerStatusResponse {
-            status: Some(container_status(&container)),
+            status: Some(messages::container_status(&container, container.state())),
             info: if request.verbose {
                 status::container_info(&container)
             } else {
@@ -306,181 +346,5 @@ impl RuntimeService for Runtime {
             Level::INFO,
             result.map(|url| cri::PortForwardResponse { url }),
         )
-    }
-}
-
-fn pod_item(pod: &Pod) -> cri::PodSandbox {
-    let record = pod.record();
-    let annotations = annotations(&record);
-    let config = record.config.unwrap_or_default();
-    cri::PodSandbox {
-        id: record.id,
-        metadata: config.metadata,
-        state: pod.cri_state() as i32,
-        created_at: record.created_ns,
-        labels: config.labels,
-        annotations,
-        runtime_handler: record.runtime_handler,
-    }
-}
-
-fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
-    let record = pod.record();
-    let annotations = annotations(&record);
-    let config = record.config.unwrap_or_default();
-    let mut ips = record.ips.into_iter();
-    cri::PodSandboxStatus {
-        id: record.id,
-        metadata: config.metadata,
-        state: pod.cri_state() as i32,
-        created_at: record.created_ns,
-        network: Some(cri::PodSandboxNetworkStatus {
-            ip: ips.next().unwrap_or_default(),
-            additional_ips: ips.map(|ip| cri::PodIp { ip }).collect(),
-        }),
-        // The kubelet makes a new sandbox when these are not echoed (PodSandboxChanged).
-        linux: Some(cri::LinuxPodSandboxStatus {
-            namespaces: Some(cri::Namespace {
-                options: Some(
-                    config
-                        .linux
-                        .and_then(|linux| linux.security_context)
-                        .and_then(|context| context.namespace_options)
-                        .unwrap_or_default(),
-                ),
-            }),
-        }),
-        labels: config.labels,
-        annotations,
-        runtime_handler: record.runtime_handler,
-    }
-}
-
-/// The pod's own, and for one that was routed where and why.
-fn annotations(record: &SandboxRecord) -> HashMap<String, String> {
-    let config = record.config.clone().unwrap_or_default();
-    let mut annotations = config.annotations;
-    if !record.routed.is_empty() {
-        annotations.insert(ROUTED_TO.into(), record.handler.clone());
-        annotations.insert(ROUTED_BECAUSE.into(), record.routed.clone());
-    }
-    annotations
-}
-
-fn pod_matches(item: &cri::PodSandbox, filter: &cri::PodSandboxFilter) -> bool {
-    (filter.id.is_empty() || item.id.starts_with(&filter.id))
-        && filter
-            .state
-            .as_ref()
-            .is_none_or(|wanted| wanted.state == item.state)
-        && labels_match(&item.labels, &filter.label_selector)
-}
-
-fn container_matches(item: &cri::Container, filter: &cri::ContainerFilter) -> bool {
-    (filter.id.is_empty() || item.id.starts_with(&filter.id))
-        && (filter.pod_sandbox_id.is_empty()
-            || item.pod_sandbox_id.starts_with(&filter.pod_sandbox_id))
-        && filter
-            .state
-            .as_ref()
-            .is_none_or(|wanted| wanted.state == item.state)
-        && labels_match(&item.labels, &filter.label_selector)
-}
-
-fn labels_match(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
-    selector
-        .iter()
-        .all(|(key, value)| labels.get(key) == Some(value))
-}
-
-fn container_item(container: &Container) -> cri::Container {
-    let record = &container.record;
-    let config = record.config.clone().unwrap_or_default();
-    cri::Container {
-        id: record.id.clone(),
-        pod_sandbox_id: record.sandbox_id.clone(),
-        metadata: config.metadata,
-        image: config.image,
-        image_ref: record.image_id.clone(),
-        state: cri_state(&container.state()) as i32,
-        created_at: record.created_ns,
-        labels: config.labels,
-        annotations: config.annotations,
-        image_id: record.image_id.clone(),
-    }
-}
-
-fn container_status(container: &Container) -> cri::ContainerStatus {
-    let record = &container.record;
-    let config = record.config.clone().unwrap_or_default();
-    let state = container.state();
-    cri::ContainerStatus {
-        id: record.id.clone(),
-        metadata: config.metadata,
-        state: cri_state(&state) as i32,
-        created_at: record.created_ns,
-        started_at: state.started_ns as i64,
-        finished_at: state.finished_ns as i64,
-        exit_code: state.exit_code as i32,
-        image: config.image,
-        image_ref: record.image_id.clone(),
-        reason: state.reason,
-        message: state.message,
-        labels: config.labels,
-        annotations: config.annotations,
-        mounts: config.mounts,
-        log_path: record.log_path.clone(),
-        resources: Some(cri::ContainerResources {
-            linux: Some(container.limits()),
-        }),
-        image_id: record.image_id.clone(),
-        user: state.user.map(|user| cri::ContainerUser {
-            linux: Some(cri::LinuxContainerUser {
-                uid: user.uid.into(),
-                gid: user.gid.into(),
-                supplemental_groups: user
-                    .supplemental_groups
-                    .into_iter()
-                    .map(i64::from)
-                    .collect(),
-            }),
-        }),
-        stop_signal: signal::named(record.stop_signal) as i32,
-    }
-}
-
-fn cri_state(state: &monitor::Container) -> cri::ContainerState {
-    match state.state() {
-        monitor::ContainerState::Created => cri::ContainerState::ContainerCreated,
-        monitor::ContainerState::Running => cri::ContainerState::ContainerRunning,
-        monitor::ContainerState::Exited => cri::ContainerState::ContainerExited,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn filters_are_joined_by_and() {
-        let item = cri::Container {
-            id: "abc".into(),
-            pod_sandbox_id: "pod".into(),
-            state: cri::ContainerState::ContainerExited as i32,
-            labels: HashMap::from([("app".into(), "web".into()), ("x".into(), "y".into())]),
-            ..Default::default()
-        };
-        let mut filter = cri::ContainerFilter::default();
-        assert!(container_matches(&item, &filter));
-        filter.label_selector.insert("app".into(), "web".into());
-        filter.id = "ab".into();
-        assert!(container_matches(&item, &filter));
-        filter.state = Some(cri::ContainerStateValue {
-            state: cri::ContainerState::ContainerRunning as i32,
-        });
-        assert!(!container_matches(&item, &filter));
-        filter.state = None;
-        filter.label_selector.insert("x".into(), "z".into());
-        assert!(!container_matches(&item, &filter));
     }
 }
