@@ -377,6 +377,16 @@ impl Daemon {
             .to_owned()
     }
 
+    /// The pod's group on the node, whether it exists or not.
+    ///
+    /// # Errors
+    /// There are no control groups.
+    pub fn pod_cgroup(&self, record: &SandboxRecord) -> Result<PodCgroup> {
+        let parent = self.cgroup_parent(&record.config.clone().unwrap_or_default());
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, &record.id);
+        Ok(PodCgroup::at(&parent, &leaf)?)
+    }
+
     fn attachment(&self, id: &str, config: &cri::PodSandboxConfig) -> Result<Attachment> {
         let metadata = config.metadata.clone().unwrap_or_default();
         let annotation = |name: &str| config.annotations.get(name).map(String::as_str);

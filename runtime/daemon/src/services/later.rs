@@ -9,20 +9,11 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 
 /// Paths of the RPCs that are not implemented yet.
-pub const LATER: [&str; 14] = [
-    "/runtime.v1.RuntimeService/ContainerStats",
-    "/runtime.v1.RuntimeService/ListContainerStats",
-    "/runtime.v1.RuntimeService/StreamContainerStats",
-    "/runtime.v1.RuntimeService/PodSandboxStats",
-    "/runtime.v1.RuntimeService/ListPodSandboxStats",
-    "/runtime.v1.RuntimeService/StreamPodSandboxStats",
+pub const LATER: [&str; 5] = [
     "/runtime.v1.RuntimeService/UpdateRuntimeConfig",
     "/runtime.v1.RuntimeService/CheckpointContainer",
     "/runtime.v1.RuntimeService/CheckpointPod",
     "/runtime.v1.RuntimeService/RestorePod",
-    "/runtime.v1.RuntimeService/ListMetricDescriptors",
-    "/runtime.v1.RuntimeService/ListPodSandboxMetrics",
-    "/runtime.v1.RuntimeService/StreamPodSandboxMetrics",
     "/runtime.v1.RuntimeService/UpdatePodSandboxResources",
 ];
 

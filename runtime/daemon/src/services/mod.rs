@@ -5,7 +5,7 @@ pub mod deadline;
 pub mod image;
 pub mod later;
 mod lists;
-mod messages;
+pub(crate) mod messages;
 pub mod metered;
 pub mod runtime;
 mod status;
