@@ -20,7 +20,7 @@ use crate::{built, eventually, finished, output_of, rig};
 
 /// Daemons that run at the same time, each with its VMs. More do not get a machine done sooner.
 fn slots() -> usize {
-    thread::available_parallelism().map_or(2, |cpus| cpus.get().div_ceil(2).max(2))
+    thread::available_parallelism().map_or(3, |cpus| cpus.get().div_ceil(2).max(3))
 }
 
 static RUNNING: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());

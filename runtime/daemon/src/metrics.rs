@@ -42,6 +42,9 @@ const BUCKETS: [f64; 14] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 ];
 
+/// Every metric's name begins with it.
+const PREFIX: &str = "podvisor";
+
 /// The phases of RunPodSandbox that are counted, podvisord's and the monitor's: a monitor that was taken over makes up
 /// no more of them.
 const PHASES: [&str; 9] = [
@@ -90,15 +93,13 @@ pub struct Metrics {
     rpcs: Family<RpcLabels, Histogram, fn() -> Histogram>,
     routed: Family<RoutedLabels, Counter>,
     phases: Family<PhaseLabels, Histogram, fn() -> Histogram>,
-    pods: Family<PodLabels, Gauge>,
-    containers: Family<ContainerLabels, Gauge>,
 }
 
 impl Metrics {
     /// All zero. `backend`: what runs VMs.
     pub fn new(backend: &str) -> Self {
         let histogram: fn() -> Histogram = || Histogram::new(BUCKETS);
-        let mut registry = Registry::with_prefix("podvisor");
+        let mut registry = Registry::with_prefix(PREFIX);
         let build = Info::new([
             ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
             ("vmm".to_owned(), backend.to_owned()),
@@ -124,17 +125,11 @@ impl Metrics {
             Unit::Seconds,
             phases.clone(),
         );
-        let pods = Family::<PodLabels, Gauge>::default();
-        registry.register("pods", "Pods, by handler and state", pods.clone());
-        let containers = Family::<ContainerLabels, Gauge>::default();
-        registry.register("containers", "Containers, by state", containers.clone());
         Self {
             registry,
             rpcs,
             routed,
             phases,
-            pods,
-            containers,
         }
     }
 
@@ -170,30 +165,38 @@ impl Metrics {
 
     /// The whole of it as text.
     fn text(&self, pods: &Pods) -> Result<String, std::fmt::Error> {
-        // States that nobody has now would keep their last number.
-        self.pods.clear();
-        self.containers.clear();
-        for pod in pods.all() {
-            let state = match pod.cri_state() {
-                cri::PodSandboxState::SandboxReady => "ready",
-                cri::PodSandboxState::SandboxNotready => "notready",
-            };
-            let handler = pod.record().handler;
-            self.pods.get_or_create(&PodLabels { handler, state }).inc();
-        }
-        for container in pods.all_containers() {
-            let state = match container.state().state() {
-                monitor::ContainerState::Created => "created",
-                monitor::ContainerState::Running => "running",
-                monitor::ContainerState::Exited => "exited",
-            };
-            let labels = ContainerLabels { state };
-            self.containers.get_or_create(&labels).inc();
-        }
         let mut text = String::new();
-        text::encode(&mut text, &self.registry)?;
+        text::encode_registry(&mut text, &self.registry)?;
+        text::encode_registry(&mut text, &counted(pods))?;
+        text::encode_eof(&mut text)?;
         Ok(text)
     }
+}
+
+/// How many pods and containers there are now.
+fn counted(pods: &Pods) -> Registry {
+    let by_state = Family::<PodLabels, Gauge>::default();
+    for pod in pods.all() {
+        let state = match pod.cri_state() {
+            cri::PodSandboxState::SandboxReady => "ready",
+            cri::PodSandboxState::SandboxNotready => "notready",
+        };
+        let handler = pod.record().handler;
+        by_state.get_or_create(&PodLabels { handler, state }).inc();
+    }
+    let containers = Family::<ContainerLabels, Gauge>::default();
+    for container in pods.all_containers() {
+        let state = match container.state().state() {
+            monitor::ContainerState::Created => "created",
+            monitor::ContainerState::Running => "running",
+            monitor::ContainerState::Exited => "exited",
+        };
+        containers.get_or_create(&ContainerLabels { state }).inc();
+    }
+    let mut registry = Registry::with_prefix(PREFIX);
+    registry.register("pods", "Pods, by handler and state", by_state);
+    registry.register("containers", "Containers, by state", containers);
+    registry
 }
 
 /// As gRPC's documentation writes it.

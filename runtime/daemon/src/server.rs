@@ -28,9 +28,10 @@ use crate::daemon::Daemon;
 use crate::ids::Names;
 use crate::metrics::{self, Metrics};
 use crate::pod::Pods;
-use crate::services::deadline::DeadlineLayer;
-use crate::services::later::LaterLayer;
-use crate::services::metered::MeteredLayer;
+use crate::services::around::Around;
+use crate::services::deadline::Deadline;
+use crate::services::later::Later;
+use crate::services::metered::Metered;
 use crate::services::{MAX_MESSAGE, control::Control, image::Images, runtime::Runtime};
 use crate::store::Store;
 use crate::streaming;
@@ -72,9 +73,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let server = Server::builder()
-        .layer(MeteredLayer(Arc::clone(&daemon)))
-        .layer(DeadlineLayer)
-        .layer(LaterLayer)
+        .layer(Around(Metered(Arc::clone(&daemon))))
+        .layer(Around(Deadline))
+        .layer(Around(Later))
         .add_service(
             RuntimeServiceServer::new(Runtime::new(Arc::clone(&daemon), streaming))
                 .max_decoding_message_size(MAX_MESSAGE)

@@ -67,13 +67,7 @@ impl Daemon {
                 problem: "must not be empty".into(),
             });
         }
-        let streams = Streams {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.tty,
-        };
-        check_streams(streams)?;
+        let streams = streams([request.stdin, request.stdout, request.stderr], request.tty)?;
         let container = self.pods.find_container(&request.container_id)?;
         running_monitor(&container)?;
         Ok(Exec {
@@ -82,22 +76,14 @@ impl Daemon {
             streams,
         })
     }
-}
 
-impl Daemon {
     /// What an Attach asks for, when it can be had.
     ///
     /// # Errors
     /// INVALID_ARGUMENT, also when the container's terminal is not what the client takes it for; NOT_FOUND;
     /// FAILED_PRECONDITION when the container does not run.
     pub fn check_attach(&self, request: cri::AttachRequest) -> Result<Attach> {
-        let streams = Streams {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.tty,
-        };
-        check_streams(streams)?;
+        let streams = streams([request.stdin, request.stdout, request.stderr], request.tty)?;
         let container = self.pods.find_container(&request.container_id)?;
         running_monitor(&container)?;
         let has_terminal = container
@@ -138,18 +124,24 @@ impl Daemon {
     }
 }
 
-fn check_streams(streams: Streams) -> Result<()> {
+/// Those that a client asks for.
+fn streams([stdin, stdout, stderr]: [bool; 3], terminal: bool) -> Result<Streams> {
     let invalid = |field, problem: &str| {
         let problem = problem.into();
         Err(Error::Invalid { field, problem })
     };
-    if !(streams.stdin || streams.stdout || streams.stderr) {
+    if !(stdin || stdout || stderr) {
         return invalid("stdin, stdout, stderr", "one of them must be set");
     }
-    if streams.terminal && streams.stderr {
+    if terminal && stderr {
         return invalid("stderr", "a terminal has no standard error of its own");
     }
-    Ok(())
+    Ok(Streams {
+        stdin,
+        stdout,
+        stderr,
+        terminal,
+    })
 }
 
 /// The processes of all pods, for the streaming server.
@@ -227,9 +219,7 @@ impl Processes {
         };
         Ok(ours.into_session(terminal, ended))
     }
-}
 
-impl Processes {
     async fn connect_port(&self, sandbox_id: &str, port: u16) -> Result<Box<dyn Duplex>> {
         let pod = self.0.pods.find(sandbox_id)?;
         let monitor = pod.ready_monitor()?;

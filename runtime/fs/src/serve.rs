@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::AttrOut;
+use fuse_backend_rs::abi::fuse_abi::{AttrOut, Opcode};
 use fuse_backend_rs::api::filesystem::{Context, FileSystem as _};
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
@@ -37,14 +37,21 @@ const IDLE: Duration = Duration::from_secs(1);
 const IN_HEADER_BYTES: usize = 40;
 const OUT_HEADER_BYTES: usize = 16;
 
-/// `enum fuse_opcode`.
-const READ: u32 = 15;
-const WRITE: u32 = 16;
-const RELEASE: u32 = 18;
-const RELEASEDIR: u32 = 29;
+const READ: u32 = Opcode::Read as u32;
+const WRITE: u32 = Opcode::Write as u32;
+const RELEASE: u32 = Opcode::Release as u32;
+const RELEASEDIR: u32 = Opcode::Releasedir as u32;
 
-/// SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, LINK, CREATE: these change the directory that they name.
-const CHANGES: [u32; 7] = [6, 8, 9, 10, 11, 13, 35];
+/// These change the directory that they name. The device has the same list (runtime/vmm/src/devices/fs/protocol.rs).
+const CHANGES: [u32; 7] = [
+    Opcode::Symlink as u32,
+    Opcode::Mknod as u32,
+    Opcode::Mkdir as u32,
+    Opcode::Unlink as u32,
+    Opcode::Rmdir as u32,
+    Opcode::Link as u32,
+    Opcode::Create as u32,
+];
 
 /// As the error of a message, which in an answer is never positive: the file beside it is the one that the request
 /// `unique` reads or writes (runtime/vmm/src/devices/fs/protocol.rs).

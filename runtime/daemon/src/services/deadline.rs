@@ -3,66 +3,41 @@
 //! tonic ends such a call too, but with CANCELLED, and a caller that hears of it before its own clock strikes takes
 //! that for the answer. So this comes a moment earlier.
 
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::{Request, Response};
+use http::Request;
 use tonic::Status;
-use tonic::body::Body;
-use tower::{Layer, Service};
+
+use super::around::{Answer, Wrap};
 
 /// How much earlier: this part of the deadline, at most so long.
 const MARGIN_PART: u32 = 8;
 const MARGIN: Duration = Duration::from_millis(20);
 
 /// Ends calls at their deadline.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct DeadlineLayer;
+#[derive(Debug, Clone, Copy)]
+pub struct Deadline;
 
-/// See [`DeadlineLayer`].
-#[derive(Debug, Clone)]
-pub struct Deadline<S> {
-    inner: S,
-}
-
-impl<S> Layer<S> for DeadlineLayer {
-    type Service = Deadline<S>;
-
-    fn layer(&self, inner: S) -> Deadline<S> {
-        Deadline { inner }
-    }
-}
-
-impl<S, B> Service<Request<B>> for Deadline<S>
-where
-    S: Service<Request<B>, Response = Response<Body>>,
-    S::Future: Send + 'static,
-    S::Error: 'static,
-{
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, request: Request<B>) -> Self::Future {
+impl Wrap for Deadline {
+    fn wrap<B, E: 'static>(
+        &self,
+        request: &Request<B>,
+    ) -> impl FnOnce(Answer<E>) -> Answer<E> + use<B, E> {
         let header = request.headers().get("grpc-timeout");
         let deadline = header.and_then(|value| parse(value.to_str().ok()?));
-        let answer = self.inner.call(request);
-        let Some(deadline) = deadline else {
-            return Box::pin(answer);
-        };
-        let margin = MARGIN.min(deadline / MARGIN_PART);
-        Box::pin(async move {
-            let answered = tokio::time::timeout(deadline.saturating_sub(margin), answer).await;
-            answered.unwrap_or_else(|_| {
-                let problem = format!("not done within the caller's {deadline:?}");
-                Ok(Status::deadline_exceeded(problem).into_http())
+        move |answer| {
+            let Some(deadline) = deadline else {
+                return answer;
+            };
+            let margin = MARGIN.min(deadline / MARGIN_PART);
+            Box::pin(async move {
+                let answered = tokio::time::timeout(deadline.saturating_sub(margin), answer).await;
+                answered.unwrap_or_else(|_| {
+                    let problem = format!("not done within the caller's {deadline:?}");
+                    Ok(Status::deadline_exceeded(problem).into_http())
+                })
             })
-        })
+        }
     }
 }
 
@@ -83,7 +58,12 @@ fn parse(value: &str) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use http::Response;
+    use tonic::body::Body;
+    use tower::{Layer, Service};
+
     use super::*;
+    use crate::services::around::Around;
 
     #[test]
     fn timeouts_have_units() {
@@ -103,7 +83,7 @@ mod tests {
             .header("grpc-timeout", "1m")
             .body(())
             .unwrap();
-        let answer = DeadlineLayer.layer(pending).call(request).await.unwrap();
+        let answer = Around(Deadline).layer(pending).call(request).await.unwrap();
         assert_eq!(answer.headers()["grpc-status"], "4");
     }
 }

@@ -1,5 +1,6 @@
 //! The gRPC services: from CRI messages to the daemon and back. No decisions here.
 
+pub mod around;
 pub mod control;
 pub mod deadline;
 pub mod image;

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use podvisor_proto::monitor::{AttachRequest, ContainerState};
+use podvisor_proto::monitor::AttachRequest;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
@@ -71,10 +71,7 @@ impl Pod {
         };
         let id = request.container_id;
         let client = ClientStreams::take(&self.fds, &request.streams.unwrap_or_default())?;
-        let container = self.container(&id)?;
-        if self.state.container_state(&id) != Some(ContainerState::Running) {
-            return Err(PodError::State(format!("container {id} is not running")));
-        }
+        let container = self.running_container(&id)?;
         let wanted = [
             client.stdin.is_some(),
             client.stdout.is_some(),

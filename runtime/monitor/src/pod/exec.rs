@@ -8,9 +8,7 @@ use std::time::Duration;
 use podvisor_monitor::fd_socket::Token;
 use podvisor_oci::stdio::{Streams, Wanted};
 use podvisor_proto::agent::{self, Exit};
-use podvisor_proto::monitor::{
-    ContainerState, ExecRequest, ExecSyncRequest, ExecSyncResponse, ResizeRequest,
-};
+use podvisor_proto::monitor::{ExecRequest, ExecSyncRequest, ExecSyncResponse, ResizeRequest};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -186,12 +184,7 @@ impl Pod {
         args: &[String],
     ) -> Result<Exec<'a>, PodError> {
         let runner = self.ready_runner()?;
-        self.container(container_id)?;
-        if self.state.container_state(container_id) != Some(ContainerState::Running) {
-            return Err(PodError::State(format!(
-                "container {container_id} is not running"
-            )));
-        }
+        self.running_container(container_id)?;
         if args.is_empty() {
             return Err(PodError::Invalid("no command".to_owned()));
         }
@@ -263,7 +256,7 @@ impl Exec<'_> {
         let ended = CancellationToken::new();
         let input = async {
             if wanted.terminal {
-                relay::terminal_input(client.stdin, stdout.as_deref()).await;
+                relay::input(client.stdin, stdout.as_deref()).await;
             } else {
                 relay::input(client.stdin, process(streams.stdin)?).await;
             }

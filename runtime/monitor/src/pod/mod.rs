@@ -315,6 +315,14 @@ impl Pod {
         found.ok_or_else(|| PodError::NotFound(id.to_owned()))
     }
 
+    fn running_container(&self, id: &str) -> Result<Arc<Container>, PodError> {
+        let container = self.container(id)?;
+        if self.state.container_state(id) != Some(ContainerState::Running) {
+            return Err(PodError::State(format!("container {id} is not running")));
+        }
+        Ok(container)
+    }
+
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
         // Whole entries are inserted and removed: a panic elsewhere leaves the map sound.
         self.containers

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
@@ -121,18 +122,15 @@ pub fn process_end(stream: Option<OwnedFd>) -> io::Result<Option<ProcessEnd>> {
         .transpose()
 }
 
-/// Gives the process what the caller sends, and then the end of it.
-pub async fn input(client: Option<UnixStream>, process: Option<ProcessEnd>) {
-    let (Some(mut client), Some(process)) = (client, process) else {
-        return;
-    };
-    let _ = copy_input(&mut client, &process).await;
-}
-
-/// As [`input`]; but a terminal outlives who types.
-pub async fn terminal_input(client: Option<UnixStream>, terminal: Option<&AsyncFd<File>>) {
-    if let (Some(mut client), Some(terminal)) = (client, terminal) {
-        let _ = copy_input(&mut client, terminal).await;
+/// Gives the process what the caller sends. A stream that is given is closed then; a terminal, which is lent, outlives
+/// who types.
+pub async fn input<P>(client: Option<UnixStream>, process: Option<P>)
+where
+    P: Deref<Target = AsyncFd<File>>,
+{
+    if let (Some(mut client), Some(process)) = (client, process) {
+        // A process that takes no more is no failure.
+        let _ = copy_input(&mut client, &process).await;
     }
 }
 

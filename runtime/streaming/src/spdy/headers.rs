@@ -160,7 +160,6 @@ impl Reader {
         let mut output = Vec::with_capacity(512);
         loop {
             let consumed = (self.0.total_in() - begin) as usize;
-            let before = self.0.total_out();
             let result =
                 self.0
                     .decompress_vec(&block[consumed..], &mut output, FlushDecompress::Sync);
@@ -177,15 +176,11 @@ impl Reader {
             if output.len() > LIMIT {
                 return Err(SpdyError::Headers("too long"));
             }
-            let moved =
-                (self.0.total_in() - begin) as usize > consumed || self.0.total_out() > before;
             if output.len() < output.capacity() {
                 // There was room for more: that was all of it.
                 return Ok(output);
             }
-            if !moved {
-                output.reserve(output.capacity());
-            }
+            output.reserve(output.capacity());
         }
     }
 }

@@ -5,19 +5,26 @@ pub(super) const LOOKUP: u32 = 1;
 pub(super) const FORGET: u32 = 2;
 pub(super) const GETATTR: u32 = 3;
 pub(super) const SETATTR: u32 = 4;
+const SYMLINK: u32 = 6;
+const MKNOD: u32 = 8;
+const MKDIR: u32 = 9;
+const UNLINK: u32 = 10;
+const RMDIR: u32 = 11;
+const LINK: u32 = 13;
 pub(super) const READ: u32 = 15;
 pub(super) const WRITE: u32 = 16;
 pub(super) const RELEASE: u32 = 18;
 pub(super) const INIT: u32 = 26;
 pub(super) const RELEASEDIR: u32 = 29;
+const CREATE: u32 = 35;
 pub(super) const INTERRUPT: u32 = 36;
 pub(super) const DESTROY: u32 = 38;
 pub(super) const BATCH_FORGET: u32 = 42;
 
-/// SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, LINK, CREATE: these change the directory that they name. To what has succeeded
+/// These change the directory that they name. To what has succeeded
 /// podvisor-fs answers with the attributes that the directory has then, as to a GETATTR, between the answer's header and
-/// its rest; the header does not count them.
-pub(super) const CHANGES: [u32; 7] = [6, 8, 9, 10, 11, 13, 35];
+/// its rest; the header does not count them. podvisor-fs has the same list (runtime/fs/src/serve.rs).
+pub(super) const CHANGES: [u32; 7] = [SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, LINK, CREATE];
 
 /// These change nothing that can be seen of a directory.
 pub(super) const CHANGES_NOTHING: [u32; 4] = [LOOKUP, FORGET, GETATTR, BATCH_FORGET];
