@@ -1,5 +1,6 @@
 //! CRI's messages about what pods and containers use.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use podvisor_proto::agent::{InterfaceCounters, InterfaceSample, Pressure, Stall, Usage};
@@ -128,96 +129,76 @@ impl Daemon {
 /// `mountpoint`: a path of the file system that writable layers are on.
 fn container_stats(container: &Container, mountpoint: &str) -> cri::ContainerStats {
     container.pod.samples.want();
-    let sample = container.pod.samples.newest();
-    let state = container.state();
+    let sample = container.pod.samples.newest().unwrap_or_default();
+    let measured = sample.containers.get(&container.record.id);
+    let layer = measured.and_then(|measured| measured.sample.writable_layer);
+    let layer = layer.unwrap_or_default();
     let config = container.record.config.as_ref();
-    let stats = cri::ContainerStats {
+    let mut stats = cri::ContainerStats {
         attributes: Some(cri::ContainerAttributes {
             id: container.record.id.clone(),
             metadata: config.and_then(|config| config.metadata.clone()),
             labels: config.map(|c| c.labels.clone()).unwrap_or_default(),
             annotations: config.map(|c| c.annotations.clone()).unwrap_or_default(),
         }),
-        ..Default::default()
-    };
-    with_usage(stats, container, &state, sample.as_deref(), mountpoint)
-}
-
-fn with_usage(
-    stats: cri::ContainerStats,
-    container: &Container,
-    state: &monitor::Container,
-    sample: Option<&Sample>,
-    mountpoint: &str,
-) -> cri::ContainerStats {
-    let measured = sample.and_then(|sample| sample.containers.get(&container.record.id));
-    let layer = measured.and_then(|measured| measured.sample.writable_layer);
-    let layer = layer.unwrap_or_default();
-    let now = Now::of(state, sample, measured);
-    let stats = cri::ContainerStats {
         writable_layer: Some(cri::FilesystemUsage {
-            timestamp: now.time_ns,
+            timestamp: (sample.time_ns as i64).max(container.record.created_ns),
             fs_id: Some(cri::FilesystemIdentifier {
                 mountpoint: mountpoint.to_owned(),
             }),
             used_bytes: value(layer.used_bytes),
             inodes_used: value(layer.inodes),
         }),
-        ..stats
+        ..cri::ContainerStats::default()
     };
+    let state = container.state();
     if state.state() != monitor::ContainerState::Running {
         return stats;
     }
     let limits = container.limits();
     let limit = limits.memory_limit_in_bytes.max(0) as u64;
+    // CRI's limit is that of memory and swap together.
     let swap_limit = limits.memory_swap_limit_in_bytes.max(0) as u64;
+    let swap_limit = (swap_limit > 0).then(|| swap_limit.saturating_sub(limit));
+    let now = Now::of(&state, &sample, measured);
     let usage = &*now.usage;
-    cri::ContainerStats {
-        cpu: Some(cpu(usage, now.nano_cores, now.time_ns)),
-        memory: Some(memory(usage, limit, now.time_ns)),
-        swap: Some(cri::SwapUsage {
-            timestamp: now.time_ns,
-            // CRI's limit is that of both.
-            swap_available_bytes: (swap_limit > 0)
-                .then(|| swap_limit.saturating_sub(limit))
-                .and_then(|limit| value(limit.saturating_sub(usage.swap_bytes))),
-            swap_usage_bytes: value(usage.swap_bytes),
-        }),
-        io: Some(cri::IoUsage {
-            timestamp: now.time_ns,
-            psi: psi(usage.io_pressure.as_ref()),
-        }),
-        ..stats
-    }
+    stats.cpu = Some(cpu(usage, now.nano_cores, now.time_ns));
+    stats.memory = Some(memory(usage, limit, now.time_ns));
+    stats.swap = Some(cri::SwapUsage {
+        timestamp: now.time_ns,
+        swap_available_bytes: swap_limit
+            .and_then(|limit| value(limit.saturating_sub(usage.swap_bytes))),
+        swap_usage_bytes: value(usage.swap_bytes),
+    });
+    stats.io = Some(cri::IoUsage {
+        timestamp: now.time_ns,
+        psi: psi(usage.io_pressure.as_ref()),
+    });
+    stats
 }
 
-/// What is known of a container's use.
+/// What is known of a running container's use.
+#[derive(Debug)]
 pub struct Now<'a> {
     /// When it was found, nanoseconds since the epoch.
     pub time_ns: i64,
     /// What was found.
-    pub usage: std::borrow::Cow<'a, Usage>,
+    pub usage: Cow<'a, Usage>,
     /// See [`Measured`].
     pub nano_cores: Option<u64>,
 }
 
 impl<'a> Now<'a> {
     /// A container that was not looked at since its start has used nothing at its start.
-    pub fn of(
-        state: &monitor::Container,
-        sample: Option<&'a Sample>,
-        measured: Option<&'a Measured>,
-    ) -> Self {
-        use std::borrow::Cow;
-        let usage = measured.and_then(|measured| measured.sample.usage.as_deref());
-        match (usage, sample) {
-            (Some(usage), Some(sample)) => Self {
+    pub fn of(state: &monitor::Container, sample: &Sample, measured: Option<&'a Measured>) -> Self {
+        match measured.and_then(|measured| measured.sample.usage.as_deref()) {
+            Some(usage) => Self {
                 time_ns: sample.time_ns as i64,
                 usage: Cow::Borrowed(usage),
                 nano_cores: measured.and_then(|measured| measured.nano_cores),
             },
-            _ => Self {
-                time_ns: state.started_ns.max(state.created_ns) as i64,
+            None => Self {
+                time_ns: state.started_ns as i64,
                 usage: Cow::Owned(Usage::default()),
                 nano_cores: None,
             },
@@ -293,5 +274,117 @@ fn interface(sample: &InterfaceSample) -> cri::NetworkInterfaceUsage {
         rx_errors: value(received.errors),
         tx_bytes: value(sent.bytes),
         tx_errors: value(sent.errors),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Names;
+    use crate::stats::Cost;
+    use crate::store::{ContainerRecord, SandboxRecord};
+    use podvisor_proto::agent::{ContainerSample, SampleResponse, WritableLayer};
+
+    /// Container "c" in this state.
+    fn container(state: monitor::ContainerState) -> Container {
+        let names = Names::default();
+        let name = |kind| names.reserve(kind, kind.to_owned(), kind).unwrap();
+        let snapshot = monitor::Snapshot {
+            containers: vec![monitor::Container {
+                id: "c".to_owned(),
+                state: state as i32,
+                started_ns: 5,
+                ..monitor::Container::default()
+            }],
+            ..monitor::Snapshot::default()
+        };
+        let pod = Pod::new(SandboxRecord::default(), name("sandbox"), snapshot, None);
+        let record = ContainerRecord {
+            id: "c".to_owned(),
+            created_ns: 4,
+            ..ContainerRecord::default()
+        };
+        let container = Container::new(record, Arc::new(pod), name("container"));
+        container.set_limits(cri::LinuxContainerResources {
+            memory_limit_in_bytes: 100,
+            memory_swap_limit_in_bytes: 150,
+            ..cri::LinuxContainerResources::default()
+        });
+        container
+    }
+
+    fn with_sample(container: &Container) -> cri::ContainerStats {
+        let usage = Usage {
+            cpu_ns: 7,
+            memory_bytes: 90,
+            inactive_file_bytes: 30,
+            swap_bytes: 20,
+            ..Usage::default()
+        };
+        let sample = ContainerSample {
+            id: "c".to_owned(),
+            usage: Some(usage.into()),
+            processes: None,
+            writable_layer: Some(WritableLayer {
+                used_bytes: 4096,
+                inodes: 3,
+            }),
+        };
+        let answer = SampleResponse {
+            containers: vec![sample],
+            ..SampleResponse::default()
+        };
+        container.pod.samples.take(9, answer, Cost::default());
+        container_stats(container, "/images")
+    }
+
+    #[test]
+    fn what_runs_has_what_its_limits_leave() {
+        let stats = with_sample(&container(monitor::ContainerState::Running));
+        let (cpu, memory, swap) = (
+            stats.cpu.unwrap(),
+            stats.memory.unwrap(),
+            stats.swap.unwrap(),
+        );
+        assert_eq!((cpu.timestamp, cpu.usage_core_nano_seconds), (9, value(7)));
+        assert_eq!(memory.working_set_bytes, value(60));
+        assert_eq!(memory.available_bytes, value(40));
+        assert_eq!(swap.swap_available_bytes, value(30));
+        assert_eq!(stats.writable_layer.unwrap().used_bytes, value(4096));
+    }
+
+    #[test]
+    fn what_has_just_started_has_used_nothing_then() {
+        let stats = container_stats(&container(monitor::ContainerState::Running), "/images");
+        let cpu = stats.cpu.unwrap();
+        assert_eq!((cpu.timestamp, cpu.usage_core_nano_seconds), (5, value(0)));
+        assert_eq!(stats.writable_layer.unwrap().timestamp, 4);
+    }
+
+    #[test]
+    fn what_does_not_run_has_its_writable_layer_only() {
+        let stats = with_sample(&container(monitor::ContainerState::Exited));
+        assert!(stats.cpu.is_none() && stats.memory.is_none());
+        let layer = stats.writable_layer.unwrap();
+        assert_eq!((layer.timestamp, layer.inodes_used), (9, value(3)));
+        assert_eq!(layer.fs_id.unwrap().mountpoint, "/images");
+    }
+
+    #[test]
+    fn eth0_is_the_default_wherever_it_is() {
+        let interface = |name: &str| InterfaceSample {
+            name: name.to_owned(),
+            ..InterfaceSample::default()
+        };
+        let names = |interfaces: &[&str]| {
+            let samples: Vec<_> = interfaces.iter().map(|name| interface(name)).collect();
+            let network = network(&samples, 1);
+            let others: Vec<_> = network.interfaces.into_iter().map(|i| i.name).collect();
+            (network.default_interface.map(|i| i.name), others)
+        };
+        let (default, others) = names(&["net1", "eth0"]);
+        assert_eq!((default.as_deref(), others.len()), (Some("eth0"), 1));
+        assert_eq!(names(&["net1"]), (Some("net1".to_owned()), Vec::new()));
+        assert_eq!(names(&[]), (None, Vec::new()));
     }
 }

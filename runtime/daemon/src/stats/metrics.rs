@@ -92,7 +92,7 @@ fn of_container(
         ..pod.clone()
     };
     let measured = sample.containers.get(&record.id);
-    let now = Now::of(&state, Some(sample), measured);
+    let now = Now::of(&state, sample, measured);
     let sampled = measured.map(|measured| &measured.sample);
     let facts = ContainerFacts {
         usage: &now.usage,
