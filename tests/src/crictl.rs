@@ -8,9 +8,8 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
-use crate::machine::patience;
 use crate::registry::busybox;
-use crate::{output_of, rig};
+use crate::{finished, output_of, rig};
 
 /// The binary, built when it is not there.
 pub fn binary() -> &'static PathBuf {
@@ -21,7 +20,7 @@ pub fn binary() -> &'static PathBuf {
 /// How a run of crictl ended.
 #[derive(Debug)]
 pub struct Ran {
-    /// Its exit code; 124 if it did not end in time.
+    /// Its exit code.
     pub code: i32,
     /// Its standard output.
     pub stdout: String,
@@ -71,12 +70,8 @@ pub fn with_such_pod(name: &str, linux: &Value) -> (Daemon, Pod, String) {
 impl Daemon {
     /// A run of crictl to be started.
     pub fn crictl_command(&self, args: &[&str]) -> Command {
-        // Something else ends a crictl that hangs: it has no limit for all of its commands.
-        let mut command = Command::new("timeout");
+        let mut command = Command::new(binary());
         command
-            .arg("--kill-after=5")
-            .arg((patience().as_secs() + 10).to_string())
-            .arg(binary())
             .arg("--config")
             .arg(self.crictl_config())
             .args(args)
@@ -84,12 +79,9 @@ impl Daemon {
         command
     }
 
-    /// Runs crictl.
+    /// Runs crictl, to its end.
     pub fn crictl(&self, args: &[&str]) -> Ran {
-        let output = self
-            .crictl_command(args)
-            .output()
-            .expect("coreutils has timeout");
+        let output = finished(&mut self.crictl_command(args));
         Ran {
             code: output.status.code().unwrap_or(-1),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -102,7 +94,7 @@ impl Daemon {
         self.crictl_command(args)
             .stdout(Stdio::piped())
             .spawn()
-            .expect("coreutils has timeout")
+            .expect("crictl can be executed")
     }
 
     /// Writes a configuration for crictl to read.

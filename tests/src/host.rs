@@ -39,7 +39,9 @@ impl Instance {
                     number,
                     _lock: lock,
                 };
-                instance.clear();
+                if instance.dir().exists() || instance.run_dir().exists() {
+                    instance.clear();
+                }
                 for dir in [instance.dir(), instance.run_dir()] {
                     fs::create_dir_all(&dir)
                         .unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
@@ -94,14 +96,19 @@ impl Instance {
             .into_iter()
             .filter_map(|path| {
                 let pid: i32 = path.file_name()?.to_str()?.parse().ok()?;
-                let read = |file| fs::read(path.join(file)).unwrap_or_default();
-                let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
-                // A zombie has no command line any more and holds nothing.
-                let text = [&read("cmdline")[..], &read("environ"), &read("cgroup")].concat();
-                let text = String::from_utf8_lossy(&text);
-                let ours = pid != own
-                    && !command.is_empty()
-                    && marks.iter().any(|mark| text.contains(mark));
+                let read = |file| {
+                    let bytes = fs::read(path.join(file)).unwrap_or_default();
+                    String::from_utf8_lossy(&bytes).into_owned()
+                };
+                let command = read("cmdline").replace('\0', " ");
+                // The kernel's own have no command line; a zombie has none any more and holds nothing.
+                if pid == own || command.is_empty() {
+                    return None;
+                }
+                let is_marked = |text: &str| marks.iter().any(|mark| text.contains(mark));
+                let ours = is_marked(&command)
+                    || is_marked(&read("environ"))
+                    || is_marked(&read("cgroup"));
                 ours.then(|| (Pid::from_raw(pid), format!("{pid} {command}")))
             })
             .collect()
@@ -234,14 +241,13 @@ impl Instance {
 
     /// Ends and removes everything of the instance.
     pub fn clear(&self) {
-        for _ in 0..2 {
-            // Twice: what the first round killed may have been starting another.
-            for (pid, _) in self.processes() {
-                let _ = kill(pid, Signal::SIGKILL);
-            }
-        }
         crate::eventually("the instance's processes end", || {
-            self.processes().is_empty().then_some(())
+            let processes = self.processes();
+            for (pid, _) in &processes {
+                let _ = kill(*pid, Signal::SIGKILL);
+            }
+            // What was killed may have been starting another.
+            processes.is_empty().then_some(())
         });
         for mount in self.mounts() {
             let _ = umount2(&mount, MntFlags::MNT_DETACH);

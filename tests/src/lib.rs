@@ -35,13 +35,15 @@ pub mod machine;
 pub mod oci;
 pub mod registry;
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use machine::patience;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// The repository.
 pub fn repository() -> PathBuf {
@@ -77,36 +79,27 @@ pub fn output_of(command: &mut Command) -> String {
 
 /// Runs a program that must end, whatever its result; a hanging one is a failure of the test.
 pub fn finished(command: &mut Command) -> Output {
-    let mut child = command
+    let child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let read = |mut pipe: Box<dyn Read + Send>| {
-        thread::spawn(move || {
-            let mut bytes = Vec::new();
-            pipe.read_to_end(&mut bytes).expect("a pipe");
-            bytes
-        })
-    };
-    let stdout = read(Box::new(child.stdout.take().expect("piped")));
-    let stderr = read(Box::new(child.stderr.take().expect("piped")));
-    let deadline = Instant::now() + patience();
-    let status = loop {
-        if let Some(status) = child.try_wait().expect("our own child") {
-            break status;
+    output_in_time(child)
+}
+
+/// The end of a program that must end, and what it wrote to pipes until then.
+pub fn output_in_time(child: Child) -> Output {
+    let pid = Pid::from_raw(child.id() as i32);
+    let (ended, output) = mpsc::channel();
+    thread::spawn(move || ended.send(child.wait_with_output()));
+    match output.recv_timeout(patience()) {
+        Ok(output) => output.expect("our own child, and its pipes"),
+        Err(_) => {
+            let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline"));
+            let _ = kill(pid, Signal::SIGKILL);
+            panic!("it does not end: {command:?}");
         }
-        if Instant::now() > deadline {
-            let _ = child.kill();
-            panic!("{command:?} does not end");
-        }
-        thread::sleep(Duration::from_millis(20));
-    };
-    Output {
-        status,
-        stdout: stdout.join().expect("no panic"),
-        stderr: stderr.join().expect("no panic"),
     }
 }
 

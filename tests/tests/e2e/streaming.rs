@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use podvisor_tests::crictl::{Ran, container, shell};
 use podvisor_tests::daemon::Daemon;
 use podvisor_tests::registry::busybox;
-use podvisor_tests::{eventually, logs};
+use podvisor_tests::{eventually, logs, output_in_time};
 use serde_json::{Value, json};
 use tonic::Code;
 
@@ -33,12 +33,12 @@ fn with_input(daemon: &Daemon, args: &[&str], input: &[u8]) -> Ran {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("coreutils has timeout");
+        .expect("crictl can be executed");
     let mut stdin = child.stdin.take().expect("a pipe");
     let input = input.to_vec();
     // A command may end without having read all.
     let writing = std::thread::spawn(move || drop(stdin.write_all(&input)));
-    let output = child.wait_with_output().expect("crictl ends");
+    let output = output_in_time(child);
     writing.join().expect("written");
     Ran {
         code: output.status.code().unwrap_or(-1),
@@ -190,7 +190,7 @@ impl Typist {
         let end = || Stdio::from(pty.slave.try_clone().expect("a descriptor"));
         let mut command = daemon.crictl_command(args);
         let child = command.stdin(end()).stdout(end()).stderr(end()).spawn();
-        let child = child.expect("coreutils has timeout");
+        let child = child.expect("crictl can be executed");
         drop(command);
         let master = File::from(pty.master);
         let screen = Arc::new(Mutex::new(String::new()));
@@ -278,7 +278,7 @@ impl Onlooker {
     fn start(daemon: &Daemon, args: &[&str]) -> Self {
         let mut command = daemon.crictl_command(args);
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
-        let mut child = child.expect("coreutils has timeout");
+        let mut child = child.expect("crictl can be executed");
         let mut stdout = child.stdout.take().expect("a pipe");
         let seen = Arc::new(Mutex::new(String::new()));
         let shown = Arc::clone(&seen);
