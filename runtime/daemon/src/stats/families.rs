@@ -266,7 +266,7 @@ pub static CONTAINER: &[ContainerFamily] = &[
             emit(
                 &[],
                 stalled(c.usage.memory_pressure.and_then(|memory| memory.some)),
-            )
+            );
         },
     ),
     Family::counter(
@@ -277,7 +277,7 @@ pub static CONTAINER: &[ContainerFamily] = &[
             emit(
                 &[],
                 stalled(c.usage.memory_pressure.and_then(|memory| memory.full)),
-            )
+            );
         },
     ),
     Family::counter(
@@ -369,7 +369,7 @@ pub static CONTAINER: &[ContainerFamily] = &[
         emit(&[], c.processes.processes);
     }),
     Family::gauge("container_threads", &[], "Threads", |c, emit| {
-        emit(&[], c.usage.threads)
+        emit(&[], c.usage.threads);
     }),
     Family::gauge(
         "container_threads_max",

@@ -106,7 +106,7 @@ fn of_container(
     Some(cri::ContainerMetrics {
         container_id: record.id.clone(),
         metrics: metrics(families::CONTAINER, &labels, now.time_ns, |values, emit| {
-            values(&facts, emit)
+            values(&facts, emit);
         }),
     })
 }
