@@ -164,6 +164,7 @@ impl Daemon {
             ("vm", format!("boot_timeout_s = {}", 90 * slowness())),
             ("", format!("vmm = {:?}", Backend::here().name())),
             ("network", path("conf_dir", &dir.join("net.d"))),
+            ("network", format!("plugin_timeout_s = {}", 30 * slowness())),
             ("image", path("certs_dir", &self.certs_dir())),
             (
                 "cgroup",

@@ -93,14 +93,12 @@ pub fn output_in_time(child: Child) -> Output {
     let pid = Pid::from_raw(child.id() as i32);
     let (ended, output) = mpsc::channel();
     thread::spawn(move || ended.send(child.wait_with_output()));
-    match output.recv_timeout(patience()) {
-        Ok(output) => output.expect("our own child, and its pipes"),
-        Err(_) => {
-            let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline"));
-            let _ = kill(pid, Signal::SIGKILL);
-            panic!("it does not end: {command:?}");
-        }
-    }
+    let Ok(output) = output.recv_timeout(patience()) else {
+        let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline"));
+        let _ = kill(pid, Signal::SIGKILL);
+        panic!("it does not end: {command:?}");
+    };
+    output.expect("our own child, and its pipes")
 }
 
 /// Asks `probe` until it has an answer. For state that has no event a client could wait for. Looking

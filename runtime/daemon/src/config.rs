@@ -154,6 +154,8 @@ pub struct Network {
     pub conf_dir: PathBuf,
     /// Folders searched for plugins, in order.
     pub plugin_dirs: Vec<PathBuf>,
+    /// Seconds that one run of one plugin may take.
+    pub plugin_timeout_s: u64,
 }
 
 /// `[image]`
@@ -272,6 +274,7 @@ impl Default for Network {
         Self {
             conf_dir: "/etc/cni/net.d".into(),
             plugin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            plugin_timeout_s: 30,
         }
     }
 }
@@ -356,6 +359,9 @@ impl Config {
         }
         if self.vm.boot_timeout_s == 0 {
             return refuse("vm.boot_timeout_s", "no VM boots in 0 s");
+        }
+        if self.network.plugin_timeout_s == 0 {
+            return refuse("network.plugin_timeout_s", "no plugin ends in 0 s");
         }
         if self.image.parallel_layers == 0 {
             return refuse("image.parallel_layers", "at least 1");

@@ -36,9 +36,6 @@ use crate::services::{MAX_MESSAGE, control::Control, image::Images, runtime::Run
 use crate::store::Store;
 use crate::streaming;
 
-/// One run of one CNI plugin.
-const PLUGIN_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// How long RPCs in flight may go on after SIGTERM.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -121,7 +118,7 @@ async fn build(config: Config) -> anyhow::Result<Daemon> {
         conf_dir: config.network.conf_dir.clone(),
         plugin_dirs: config.network.plugin_dirs.clone(),
         cache_dir: config.cni_cache_dir(),
-        plugin_timeout: PLUGIN_TIMEOUT,
+        plugin_timeout: Duration::from_secs(config.network.plugin_timeout_s),
     });
     let mut warnings = Vec::new();
     let vmm = backend::Choice::make(&config).await;

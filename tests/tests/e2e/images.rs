@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use podvisor_tests::crictl::shell;
+use podvisor_tests::crictl::{Pod, shell};
 use podvisor_tests::daemon::Daemon;
 use podvisor_tests::fake_registry::{Answer, FakeRegistry};
 use podvisor_tests::logs;
@@ -18,22 +18,14 @@ fn images(daemon: &Daemon) -> Vec<Value> {
 }
 
 /// Runs a shell script in a container of an image and returns the lines it wrote.
-fn run_in(daemon: &Daemon, image: &str, script: &str) -> Vec<String> {
-    let pod = daemon.pod(&format!(
-        "run-{}",
-        image
-            .rsplit('/')
-            .next()
-            .unwrap_or_default()
-            .replace(':', "-")
-    ));
-    let id = daemon.run_pod(&pod);
-    let container = daemon.create_started(&id, &pod, &shell("c", image, script));
+fn run_in(daemon: &Daemon, (id, pod): (&str, &Pod), image: &str, script: &str) -> Vec<String> {
+    let name = image.rsplit('/').next().unwrap_or_default();
+    let name = name.replace(':', "-");
+    let container = daemon.create_started(id, pod, &shell(&name, image, script));
     let status = daemon.cri().wait_exit(&container);
-    let lines = logs::stdout(&pod.log("c"));
-    assert_eq!(status.exit_code, 0, "{:?}", logs::read(&pod.log("c")));
-    daemon.crictl(&["rmp", "-f", &id]).ok();
-    lines
+    let log = pod.log(&name);
+    assert_eq!(status.exit_code, 0, "{:?}", logs::read(&log));
+    logs::stdout(&log)
 }
 
 #[test]
@@ -181,6 +173,8 @@ fn every_form_of_image() {
             &[("linux/s390x", foreign.clone()), ("linux/amd64", own)],
         )
     };
+    let pod = daemon.pod("forms");
+    let id = daemon.run_pod(&pod);
     for (name, image, marker) in [
         (
             "plain:1",
@@ -203,7 +197,8 @@ fn every_form_of_image() {
         registry.push(name, &image);
         let name = registry.name(name);
         daemon.crictl(&["pull", &name]).ok();
-        assert_eq!(run_in(&daemon, &name, "cat /marker"), [marker], "{name}");
+        let said = run_in(&daemon, (&id, &pod), &name, "cat /marker");
+        assert_eq!(said, [marker], "{name}");
         // What a digest names is the index, for every client alike.
         let digest = daemon.crictl(&["inspecti", &name]).json();
         let digests = digest["status"]["repoDigests"].as_array().cloned();
@@ -382,5 +377,7 @@ fn file_systems_arrive_unchanged() {
         "new",
         "ls: opaque: No such file or directory",
     ];
-    assert_eq!(run_in(&daemon, &name, &script), wanted);
+    let pod = daemon.pod("reads");
+    let id = daemon.run_pod(&pod);
+    assert_eq!(run_in(&daemon, (&id, &pod), &name, &script), wanted);
 }
