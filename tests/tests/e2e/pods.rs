@@ -252,12 +252,6 @@ fn what_comes_later_says_its_name() {
             assert_later(answer, name);
         }};
     }
-    later!(call, container_stats, ContainerStatsRequest);
-    later!(call, list_container_stats, ListContainerStatsRequest);
-    later!(call, pod_sandbox_stats, PodSandboxStatsRequest);
-    later!(call, list_pod_sandbox_stats, ListPodSandboxStatsRequest);
-    later!(call, stream_containers, StreamContainersRequest);
-    later!(call, list_metric_descriptors, ListMetricDescriptorsRequest);
     later!(call, checkpoint_container, CheckpointContainerRequest);
     later!(call, checkpoint_pod, CheckpointPodRequest);
     later!(call, restore_pod, RestorePodRequest);
@@ -266,5 +260,4 @@ fn what_comes_later_says_its_name() {
         update_pod_sandbox_resources,
         UpdatePodSandboxResourcesRequest
     );
-    later!(call_image, stream_images, StreamImagesRequest);
 }
