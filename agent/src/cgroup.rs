@@ -72,6 +72,11 @@ impl Cgroup {
         }
     }
 
+    /// The group's directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
     /// A file of the group.
     pub fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)

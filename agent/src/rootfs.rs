@@ -49,6 +49,11 @@ pub fn make_lowest_layer(root: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Where the writable layer is in a container's directory of the scratch area.
+pub fn upper(scratch: &Path) -> PathBuf {
+    scratch.join("upper")
+}
+
 /// The directories of one container's root.
 pub struct Rootfs {
     target: PathBuf,
@@ -83,7 +88,7 @@ impl Rootfs {
     }
 
     fn try_mount(&self, layers: &[PathBuf]) -> Result<(), RootfsError> {
-        let upper = self.scratch.join("upper");
+        let upper = upper(&self.scratch);
         let work = self.scratch.join("work");
         for directory in [&self.target, &upper, &work] {
             std::fs::create_dir_all(directory)?;

@@ -9,8 +9,9 @@ use podvisor_proto::agent::{
     ConfigureSandboxResponse, CreateContainerRequest, CreateContainerResponse, Event,
     EventsRequest, ExecRequest, ExecResponse, HelloRequest, HelloResponse, PortForwardRequest,
     PortForwardResponse, RemoveContainerRequest, RemoveContainerResponse, ResizeRequest,
-    ResizeResponse, ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse,
-    StartContainerRequest, StartContainerResponse, UpdateContainerRequest, UpdateContainerResponse,
+    ResizeResponse, SampleRequest, SampleResponse, ShutdownRequest, ShutdownResponse,
+    SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse,
+    UpdateContainerRequest, UpdateContainerResponse,
 };
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
@@ -189,6 +190,14 @@ impl Agent for Service {
         let pod = self.pod.clone();
         complete(async move { pod.port_forward(request.get_ref()).await }).await?;
         Ok(Response::new(PortForwardResponse {}))
+    }
+
+    async fn sample(
+        &self,
+        _request: Request<SampleRequest>,
+    ) -> Result<Response<SampleResponse>, Status> {
+        let sample = self.pod.sample().await.map_err(ApiError::from)?;
+        Ok(Response::new(sample))
     }
 
     async fn events(

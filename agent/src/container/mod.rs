@@ -7,6 +7,7 @@
 //! | [`exec`]    | more processes in a running container             |
 //! | [`update`]  | new limits                                        |
 //! | [`control`] | signals, terminal sizes, the end of it all        |
+//! | [`sample`]  | what they use                                     |
 //!
 //! Three kinds of lock, taken in this order: a container's `turn` (one call at a time changes its life),
 //! the pod's `assembly` (disk and sandbox), and plain mutexes, never held across an `await`.
@@ -15,6 +16,7 @@ mod assembly;
 mod control;
 mod exec;
 mod run;
+mod sample;
 mod update;
 
 use std::collections::{HashMap, VecDeque};
@@ -48,6 +50,7 @@ use crate::streams::{StreamError, Streams};
 use crate::user_namespace::IdMap;
 use crate::watch::{MemoryWatch, Watch};
 use podvisor_root::user::UserError;
+use podvisor_usage::writable::WritableLayers;
 
 /// Containers of one pod, those that have ended included.
 const CONTAINER_LIMIT: usize = 512;
@@ -189,6 +192,7 @@ struct Shared {
     streams: Streams,
     events: Events,
     watch: Watch,
+    writable_layers: WritableLayers,
 }
 
 /// What containers are made of.
@@ -286,6 +290,7 @@ impl Pod {
             streams,
             events,
             watch,
+            writable_layers: WritableLayers::default(),
         }))
     }
 

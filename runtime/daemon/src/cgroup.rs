@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use podvisor_proto::agent::Usage;
 
 use crate::pidfd::PidFd;
 use hierarchy::{Hierarchy, Kind};
@@ -165,6 +166,12 @@ impl PodCgroup {
             }
         }
         Ok(())
+    }
+
+    /// What the group uses, or the group `below` it.
+    pub fn usage(&self, below: &str) -> Usage {
+        let groups = self.groups.iter().map(|group| group.root.join(below));
+        podvisor_usage::cgroup::of_host(&groups.collect::<Vec<_>>())
     }
 
     /// Processes of the group and of groups below it.

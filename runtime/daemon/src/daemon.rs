@@ -110,6 +110,7 @@ impl Daemon {
             tokio::select! {
                 () = monitor.died() => {}
                 () = daemon.follow(&monitor, &pod) => return,
+                () = daemon.keep_sampling(&monitor, &pod) => return,
             }
             let Some(pod) = pod.upgrade() else { return };
             // A monitor that was told to shut down ends too: that is no news.

@@ -15,6 +15,7 @@
 //! | module           | what it holds                                                         |
 //! |------------------|-----------------------------------------------------------------------|
 //! | [`pod`]          | pods and containers in memory: lists are answered from here           |
+//! | [`stats`]         | what pods and containers use                                          |
 //! | [`events`]       | what becomes of them, told to subscribers                              |
 //! | [`store`]        | what was asked, on disk                                               |
 //! | [`monitor`]      | the keeper of one pod: start it, find it, call it, see it die         |
@@ -61,6 +62,7 @@ pub mod sandbox;
 pub mod server;
 pub mod services;
 pub mod spec;
+pub mod stats;
 pub mod store;
 pub mod streaming;
 pub mod user_namespace;

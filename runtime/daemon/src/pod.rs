@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::events::{Events, Told, View};
 use crate::ids::{self, Reservation};
 use crate::monitor::Monitor;
+use crate::stats::Samples;
 use crate::store::{ContainerRecord, Phase, SandboxRecord};
 use crate::volumes::FsServer;
 
@@ -28,6 +29,8 @@ pub struct Pod {
     pub lifecycle: tokio::sync::Mutex<()>,
     /// Its podvisor-fs, once a container has volumes, and who may use it now.
     pub volumes: tokio::sync::Mutex<Option<Arc<FsServer>>>,
+    /// What it uses.
+    pub samples: Arc<Samples>,
     _name: Reservation,
     state: Mutex<State>,
     /// To subscribers of events. Taken before the state and the lists are.
@@ -69,6 +72,7 @@ impl Pod {
             id: record.id.clone(),
             lifecycle: tokio::sync::Mutex::default(),
             volumes: tokio::sync::Mutex::default(),
+            samples: Arc::default(),
             _name: name,
             state: Mutex::new(State {
                 record,

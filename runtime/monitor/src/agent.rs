@@ -16,8 +16,8 @@ use podvisor_proto::agent::{
     ConfigureNetworkRequest, ConfigureSandboxRequest, CreateContainerRequest,
     CreateContainerResponse, Event, EventsRequest, ExecRequest, HelloRequest, HelloResponse,
     PortForwardRequest, RemoveContainerRequest, RemoveContainerResponse, ResizeRequest,
-    ShutdownRequest, SignalRequest, StartContainerRequest, StartContainerResponse,
-    UpdateContainerRequest,
+    SampleRequest, SampleResponse, ShutdownRequest, SignalRequest, StartContainerRequest,
+    StartContainerResponse, UpdateContainerRequest,
 };
 use thiserror::Error;
 use tokio::net::UnixStream;
@@ -42,6 +42,9 @@ const VERSION: u32 = 1;
 /// Largest answer taken, bytes.
 const MAX_MESSAGE: usize = 1024 * 1024;
 
+/// Largest sample taken, bytes: of as many containers as the agent has. Decoded, one can be a hundred times as large.
+const MAX_SAMPLE: usize = 256 * 1024;
+
 /// What the guest may send before we read it, bytes: of one stream and in all.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 256 * 1024;
@@ -65,6 +68,7 @@ mod deadline {
     pub const UPDATE: Duration = Duration::from_secs(20);
     pub const REMOVE: Duration = Duration::from_secs(30);
     pub const SIGNAL: Duration = Duration::from_secs(5);
+    pub const SAMPLE: Duration = Duration::from_secs(5);
     pub const SHUTDOWN: Duration = Duration::from_secs(3);
 }
 
@@ -217,6 +221,12 @@ impl Agent {
         let answer = client.port_forward(request);
         call("PortForward", deadline::EXEC, answer).await?;
         Ok(())
+    }
+
+    pub async fn sample(&self) -> Result<SampleResponse, AgentError> {
+        let mut client = self.client().max_decoding_message_size(MAX_SAMPLE);
+        let answer = client.sample(SampleRequest {});
+        call("Sample", deadline::SAMPLE, answer).await
     }
 
     pub async fn shutdown(&self) -> Result<(), AgentError> {

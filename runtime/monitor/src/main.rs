@@ -50,7 +50,7 @@ use fd_table::FdTable;
 use launch::{Inherited, Runner};
 use pod::Pod;
 use pod::guest::VmParts;
-use pod::host::{Host, OwnNamespaces};
+use pod::host::{Dirs, Host, OwnNamespaces};
 use podvisor_oci::children::Children;
 use state::{State, now_ns};
 
@@ -235,8 +235,11 @@ fn start_on_host(
         ipc: spec.own_ipc,
     };
     let (tell, mut news) = tokio::sync::mpsc::unbounded_channel();
-    let (runtime, dir) = (spec.runtime.into(), spec.dir.into());
-    let host = Host::new(runtime, dir, own, children.clone(), tell);
+    let dirs = Dirs {
+        sandbox: spec.dir.into(),
+        writable: spec.writable_dir.into(),
+    };
+    let host = Host::new(spec.runtime.into(), dirs, own, children.clone(), tell);
     let pod = Pod::on_host(
         state,
         fds,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use podvisor_proto::agent::{SampleRequest, SampleResponse};
 use podvisor_proto::monitor::monitor_server::Monitor;
 use podvisor_proto::monitor::{
     AttachRequest, AttachResponse, ConfigureRequest, ConfigureResponse, ConsoleChunk,
@@ -245,6 +246,13 @@ impl Monitor for Service {
             })
         });
         Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn sample(
+        &self,
+        _request: Request<SampleRequest>,
+    ) -> Result<Response<SampleResponse>, Status> {
+        Ok(Response::new(self.pod.sample().await?))
     }
 
     async fn vm_stats(

@@ -16,6 +16,7 @@ mod pods;
 mod resources;
 mod restart;
 mod security;
+mod stats;
 mod stop;
 mod streaming;
 mod user_namespaces;

@@ -252,11 +252,6 @@ fn what_comes_later_says_its_name() {
             assert_later(answer, name);
         }};
     }
-    later!(container_stats, ContainerStatsRequest);
-    later!(list_container_stats, ListContainerStatsRequest);
-    later!(pod_sandbox_stats, PodSandboxStatsRequest);
-    later!(list_pod_sandbox_stats, ListPodSandboxStatsRequest);
-    later!(list_metric_descriptors, ListMetricDescriptorsRequest);
     later!(checkpoint_container, CheckpointContainerRequest);
     later!(checkpoint_pod, CheckpointPodRequest);
     later!(restore_pod, RestorePodRequest);

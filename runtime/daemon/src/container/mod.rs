@@ -231,6 +231,7 @@ impl Daemon {
         let mut client = monitor.client();
         let answer = within(CALL, "StartContainer", client.start_container(request)).await?;
         self.pods.apply(&container.pod, answer.snapshot);
+        container.pod.samples.want();
         let now = container.state();
         if now.state() == monitor::ContainerState::Exited && now.reason == START_ERROR {
             return Err(Error::Precondition(format!(

@@ -336,6 +336,7 @@ impl Daemon {
             dir: dir.display().to_string(),
             own_uts: host_pod.own_uts,
             own_ipc: host_pod.own_ipc,
+            writable_dir: writable.display().to_string(),
         };
         let parent = self.cgroup_parent(config);
         let leaf = inventory::cgroup_leaf(&self.config.run_dir, id);
@@ -374,6 +375,16 @@ impl Daemon {
             .filter(|parent| !parent.is_empty())
             .unwrap_or(&self.config.cgroup.parent)
             .to_owned()
+    }
+
+    /// The pod's group on the node, whether it exists or not.
+    ///
+    /// # Errors
+    /// There are no control groups.
+    pub fn pod_cgroup(&self, record: &SandboxRecord) -> Result<PodCgroup> {
+        let parent = self.cgroup_parent(&record.config.clone().unwrap_or_default());
+        let leaf = inventory::cgroup_leaf(&self.config.run_dir, &record.id);
+        Ok(PodCgroup::at(&parent, &leaf)?)
     }
 
     fn attachment(&self, id: &str, config: &cri::PodSandboxConfig) -> Result<Attachment> {

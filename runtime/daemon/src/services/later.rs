@@ -7,19 +7,10 @@ use tonic::Status;
 use super::around::{Answer, Wrap};
 
 /// Paths of the RPCs that are not implemented yet.
-pub const LATER: [&str; 12] = [
-    "/runtime.v1.RuntimeService/ContainerStats",
-    "/runtime.v1.RuntimeService/ListContainerStats",
-    "/runtime.v1.RuntimeService/StreamContainerStats",
-    "/runtime.v1.RuntimeService/PodSandboxStats",
-    "/runtime.v1.RuntimeService/ListPodSandboxStats",
-    "/runtime.v1.RuntimeService/StreamPodSandboxStats",
+pub const LATER: [&str; 3] = [
     "/runtime.v1.RuntimeService/CheckpointContainer",
     "/runtime.v1.RuntimeService/CheckpointPod",
     "/runtime.v1.RuntimeService/RestorePod",
-    "/runtime.v1.RuntimeService/ListMetricDescriptors",
-    "/runtime.v1.RuntimeService/ListPodSandboxMetrics",
-    "/runtime.v1.RuntimeService/StreamPodSandboxMetrics",
 ];
 
 /// Answers the RPCs of [`LATER`] in the place of the services.

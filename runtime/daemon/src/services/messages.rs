@@ -88,7 +88,8 @@ pub fn container_matches(item: &cri::Container, filter: &cri::ContainerFilter) -
         && labels_match(&item.labels, &filter.label_selector)
 }
 
-fn labels_match(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
+/// Whether an object has all labels of a selector.
+pub fn labels_match(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
     selector
         .iter()
         .all(|(key, value)| labels.get(key) == Some(value))

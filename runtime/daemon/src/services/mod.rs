@@ -8,7 +8,7 @@ pub mod health;
 pub mod image;
 pub mod later;
 mod lists;
-mod messages;
+pub(crate) mod messages;
 pub mod metered;
 pub mod runtime;
 mod status;

@@ -12,6 +12,7 @@ use tracing::{Level, instrument};
 use super::{answer, events, lists, messages, status};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::Result;
+use crate::stats::metrics;
 use crate::streaming::StreamingServer;
 
 /// Serves CRI's runtime half.
@@ -310,6 +311,95 @@ impl RuntimeService for Runtime {
             Level::INFO,
             result.map(|()| cri::ReopenContainerLogResponse {}),
         )
+    }
+
+    async fn container_stats(
+        &self,
+        request: Request<cri::ContainerStatsRequest>,
+    ) -> Result<Response<cri::ContainerStatsResponse>, Status> {
+        let id = request.into_inner().container_id;
+        let stats = self.daemon.stats_of_container(&id);
+        let message = |stats| cri::ContainerStatsResponse { stats: Some(stats) };
+        answer(Level::DEBUG, stats.map(message))
+    }
+
+    async fn list_container_stats(
+        &self,
+        request: Request<cri::ListContainerStatsRequest>,
+    ) -> Result<Response<cri::ListContainerStatsResponse>, Status> {
+        let stats = self.daemon.container_stats(request.into_inner().filter);
+        let stats = stats.collect();
+        answer(Level::DEBUG, Ok(cri::ListContainerStatsResponse { stats }))
+    }
+
+    async fn stream_container_stats(
+        &self,
+        request: Request<cri::StreamContainerStatsRequest>,
+    ) -> Result<Response<BoxStream<cri::StreamContainerStatsResponse>>, Status> {
+        let stats = self.daemon.container_stats(request.into_inner().filter);
+        let message = |container_stats| cri::StreamContainerStatsResponse { container_stats };
+        answer(Level::DEBUG, Ok(lists::stream(stats, message)))
+    }
+
+    async fn pod_sandbox_stats(
+        &self,
+        request: Request<cri::PodSandboxStatsRequest>,
+    ) -> Result<Response<cri::PodSandboxStatsResponse>, Status> {
+        let id = request.into_inner().pod_sandbox_id;
+        let stats = self.daemon.stats_of_pod(&id);
+        let message = |stats| cri::PodSandboxStatsResponse { stats: Some(stats) };
+        answer(Level::DEBUG, stats.map(message))
+    }
+
+    async fn list_pod_sandbox_stats(
+        &self,
+        request: Request<cri::ListPodSandboxStatsRequest>,
+    ) -> Result<Response<cri::ListPodSandboxStatsResponse>, Status> {
+        let stats = self.daemon.pod_stats(request.into_inner().filter);
+        let stats = stats.collect();
+        answer(Level::DEBUG, Ok(cri::ListPodSandboxStatsResponse { stats }))
+    }
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        request: Request<cri::StreamPodSandboxStatsRequest>,
+    ) -> Result<Response<BoxStream<cri::StreamPodSandboxStatsResponse>>, Status> {
+        let stats = self.daemon.pod_stats(request.into_inner().filter);
+        let message = |pod_sandbox_stats| cri::StreamPodSandboxStatsResponse { pod_sandbox_stats };
+        answer(Level::DEBUG, Ok(lists::stream(stats, message)))
+    }
+
+    async fn list_metric_descriptors(
+        &self,
+        _request: Request<cri::ListMetricDescriptorsRequest>,
+    ) -> Result<Response<cri::ListMetricDescriptorsResponse>, Status> {
+        let descriptors = metrics::descriptors();
+        answer(
+            Level::DEBUG,
+            Ok(cri::ListMetricDescriptorsResponse { descriptors }),
+        )
+    }
+
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _request: Request<cri::ListPodSandboxMetricsRequest>,
+    ) -> Result<Response<cri::ListPodSandboxMetricsResponse>, Status> {
+        let pod_metrics = self.daemon.pod_metrics().collect();
+        answer(
+            Level::DEBUG,
+            Ok(cri::ListPodSandboxMetricsResponse { pod_metrics }),
+        )
+    }
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _request: Request<cri::StreamPodSandboxMetricsRequest>,
+    ) -> Result<Response<BoxStream<cri::StreamPodSandboxMetricsResponse>>, Status> {
+        let message = |pod_sandbox_metrics| cri::StreamPodSandboxMetricsResponse {
+            pod_sandbox_metrics,
+        };
+        let metrics = self.daemon.pod_metrics();
+        answer(Level::DEBUG, Ok(lists::stream(metrics, message)))
     }
 
     #[instrument(skip_all, name = "ExecSync", fields(container = request.get_ref().container_id))]

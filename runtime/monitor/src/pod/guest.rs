@@ -5,8 +5,8 @@ use std::time::Duration;
 use podvisor_monitor::fd_socket::Token;
 use podvisor_oci::stdio::{Streams, Wanted};
 use podvisor_proto::agent::{
-    self, ExecRequest, PortForwardRequest, ResizeRequest, ResolvedUser, SignalRequest,
-    StartContainerRequest,
+    self, ExecRequest, PortForwardRequest, ResizeRequest, ResolvedUser, SampleResponse,
+    SignalRequest, StartContainerRequest,
 };
 use podvisor_proto::monitor::{
     ConfigureRequest, CreateContainerRequest, SandboxState, VmStatsResponse,
@@ -304,6 +304,11 @@ impl Guest {
     /// Sets the size of a terminal.
     pub async fn resize(&self, request: ResizeRequest) -> Result<(), PodError> {
         Ok(self.agent()?.resize(request).await?)
+    }
+
+    /// What the pod uses, as the guest says.
+    pub async fn sample(&self) -> Result<SampleResponse, PodError> {
+        Ok(self.agent()?.sample().await?)
     }
 
     /// A stream to a port of the pod's loopback interface.

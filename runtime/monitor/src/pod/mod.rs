@@ -7,6 +7,7 @@
 //!   ask for
 //! - [`block_devices`]: block devices of the host on the pod's disk
 //! - [`layers`]: image layers on the pod's disk
+//! - [`sample`]: what containers use
 //! - [`relay`]: bytes between a process and streams of a caller's
 //! - [`vm_facts`]: what is known of the VM, for who inspects it
 //! - [`streams`]: byte streams between a process and the monitor
@@ -26,6 +27,7 @@ pub mod layers;
 mod port_forward;
 mod relay;
 mod runner;
+mod sample;
 mod shutdown;
 mod start;
 mod stop;

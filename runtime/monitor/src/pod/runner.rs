@@ -1,7 +1,7 @@
 //! Who runs the containers of a pod.
 
 use podvisor_oci::stdio::{Streams, Wanted};
-use podvisor_proto::agent::{ResizeRequest, ResolvedUser, SignalRequest};
+use podvisor_proto::agent::{ResizeRequest, ResolvedUser, SampleResponse, SignalRequest};
 use podvisor_proto::monitor::{ConfigureRequest, CreateContainerRequest};
 
 use super::PodError;
@@ -86,6 +86,13 @@ impl Runner {
         match self {
             Self::Guest(guest) => guest.remove(id, diff_ids).await,
             Self::Host(host) => Ok(host.remove(id).await?),
+        }
+    }
+
+    pub async fn sample(&self) -> Result<SampleResponse, PodError> {
+        match self {
+            Self::Guest(guest) => guest.sample().await,
+            Self::Host(host) => Ok(host.sample().await?),
         }
     }
 

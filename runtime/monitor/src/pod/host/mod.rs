@@ -2,6 +2,7 @@
 //! runtime leaves.
 //!
 //! - [`bundle`]: what a container's specification leaves to who runs it
+//! - [`sample`]: what containers use
 //! - [`out_of_memory`]: whether the kernel killed for want of memory
 //!
 //! podvisord has mounted a container's root in `bundles/ID/rootfs` of the sandbox's folder before it asks for the
@@ -9,6 +10,7 @@
 
 mod bundle;
 mod out_of_memory;
+mod sample;
 
 use std::collections::HashMap;
 use std::fs;
@@ -29,6 +31,7 @@ use podvisor_proto::agent::{
 };
 use podvisor_proto::monitor::CreateContainerRequest;
 use podvisor_root::user::UserError;
+use podvisor_usage::writable::WritableLayers;
 use thiserror::Error;
 use tokio::sync::{OnceCell, mpsc};
 use tonic::Code;
@@ -92,6 +95,9 @@ pub struct Host {
     runtime: Arc<Runtime>,
     /// The sandbox's folder.
     dir: PathBuf,
+    /// See [`Dirs::writable`].
+    writable_dir: PathBuf,
+    writable_layers: Arc<WritableLayers>,
     /// It has host name and IPC objects of its own.
     own: OwnNamespaces,
     children: Children,
@@ -99,6 +105,15 @@ pub struct Host {
     pause: Mutex<Option<(u32, Awaited)>>,
     containers: Mutex<HashMap<String, Arc<HostContainer>>>,
     events: mpsc::UnboundedSender<Event>,
+}
+
+/// Folders of the pod.
+#[derive(Debug)]
+pub struct Dirs {
+    /// The sandbox's.
+    pub sandbox: PathBuf,
+    /// The writable layer of container ID is in `ID/upper` of it.
+    pub writable: PathBuf,
 }
 
 /// Which namespaces a pod does not share with the host.
@@ -170,7 +185,7 @@ impl Host {
     /// The kernel refuses.
     pub fn new(
         binary: PathBuf,
-        dir: PathBuf,
+        dirs: Dirs,
         own: OwnNamespaces,
         children: Children,
         events: mpsc::UnboundedSender<Event>,
@@ -179,10 +194,12 @@ impl Host {
         flags.set(CloneFlags::CLONE_NEWUTS, own.uts);
         flags.set(CloneFlags::CLONE_NEWIPC, own.ipc);
         unshare(flags)?;
-        let runtime = Runtime::new(binary, dir.join(RUNTIME_DIR), children.clone())?;
+        let runtime = Runtime::new(binary, dirs.sandbox.join(RUNTIME_DIR), children.clone())?;
         Ok(Self {
             runtime: Arc::new(runtime),
-            dir,
+            dir: dirs.sandbox,
+            writable_dir: dirs.writable,
+            writable_layers: Arc::default(),
             own,
             children,
             pause: Mutex::default(),

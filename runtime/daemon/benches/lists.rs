@@ -1,0 +1,328 @@
+//! How long podvisord takes for lists with 1,000 containers in 250 pods, over its socket, while samples of them come in:
+//! podvisord itself, with a database that is filled for this and monitors that only tell a state and samples.
+//!
+//! Needs root, as podvisord does. Prints the median and the slowest of [`ROUNDS`] rounds, the answer's size, and how many
+//! samples came in meanwhile, for which no list waits: lists one right after the other cause as many as there ever are, two
+//! a second of each pod.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use podvisor_daemon::config::{Config, Vmm};
+use podvisor_daemon::store::{ContainerRecord, Phase, SandboxRecord, Store};
+use podvisor_daemon::{pidfd, server};
+use podvisor_proto::agent::{self, SampleRequest, SampleResponse, Usage};
+use podvisor_proto::cri::{self, runtime_service_client::RuntimeServiceClient};
+use podvisor_proto::monitor::monitor_server::{Monitor, MonitorServer};
+use podvisor_proto::monitor::{self, Snapshot, WatchRequest};
+use prost::Message;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::codegen::BoxStream;
+use tonic::transport::{Channel, Endpoint, Server};
+use tonic::{Request, Response, Status};
+
+const PODS: usize = 250;
+const CONTAINERS: usize = 4;
+const ROUNDS: usize = 200;
+const MAX_MESSAGE: usize = 16 << 20;
+
+#[tokio::main]
+async fn main() {
+    // A few descriptors for each pod, on both sides of its sockets.
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config {
+        run_dir: dir.path().join("run"),
+        data_dir: dir.path().join("data"),
+        vmm: Vmm::Qemu,
+        ..Config::default()
+    };
+    std::fs::create_dir_all(&config.data_dir).unwrap();
+    let samples = Arc::new(AtomicU64::new(0));
+    fill(&config, &samples).await;
+    let socket = config.socket_path();
+    tokio::spawn(async move { server::run(config).await.unwrap() });
+    let mut client = connect(&socket).await;
+
+    // Each list shows what was asked for, and samples are there.
+    loop {
+        let stats = client.list_container_stats(cri::ListContainerStatsRequest::default());
+        let stats = stats.await.unwrap().into_inner().stats;
+        assert_eq!(stats.len(), PODS * CONTAINERS);
+        let has_sample = |stats: &cri::ContainerStats| {
+            let rate = stats.cpu.as_ref().and_then(|cpu| cpu.usage_nano_cores);
+            rate.is_some()
+        };
+        if stats.iter().all(has_sample) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    println!("{PODS} pods, {} containers", PODS * CONTAINERS);
+    println!(
+        "{:24} {:>10} {:>10} {:>10} {:>10}",
+        "", "median ms", "slowest ms", "KiB", "samples"
+    );
+    macro_rules! measure {
+        ($name:literal, $call:ident, $request:ty) => {
+            let call = async |mut client: RuntimeServiceClient<Channel>| {
+                let answer = client.$call(<$request>::default()).await.unwrap();
+                answer.into_inner().encoded_len()
+            };
+            print($name, &client, &samples, call).await;
+        };
+    }
+    measure!(
+        "ListPodSandbox",
+        list_pod_sandbox,
+        cri::ListPodSandboxRequest
+    );
+    measure!(
+        "ListContainers",
+        list_containers,
+        cri::ListContainersRequest
+    );
+    measure!(
+        "ListContainerStats",
+        list_container_stats,
+        cri::ListContainerStatsRequest
+    );
+    measure!(
+        "ListPodSandboxStats",
+        list_pod_sandbox_stats,
+        cri::ListPodSandboxStatsRequest
+    );
+    measure!(
+        "ListPodSandboxMetrics",
+        list_pod_sandbox_metrics,
+        cri::ListPodSandboxMetricsRequest
+    );
+}
+
+async fn print(
+    name: &str,
+    client: &RuntimeServiceClient<Channel>,
+    samples: &AtomicU64,
+    call: impl AsyncFn(RuntimeServiceClient<Channel>) -> usize,
+) {
+    let before = samples.load(Ordering::Relaxed);
+    let mut times = Vec::new();
+    let mut bytes = 0;
+    for _ in 0..ROUNDS {
+        let begin = Instant::now();
+        bytes = call(client.clone()).await;
+        times.push(begin.elapsed());
+    }
+    times.sort_unstable();
+    let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+    println!(
+        "{name:24} {:>10.2} {:>10.2} {:>10} {:>10}",
+        milliseconds(times[ROUNDS / 2]),
+        milliseconds(times[ROUNDS - 1]),
+        bytes >> 10,
+        samples.load(Ordering::Relaxed) - before,
+    );
+}
+
+async fn connect(socket: &Path) -> RuntimeServiceClient<Channel> {
+    let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+    loop {
+        if let Ok(channel) = endpoint.connect().await {
+            return RuntimeServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Records of pods and containers as kubelets make them, and a monitor for each pod.
+async fn fill(config: &Config, samples: &Arc<AtomicU64>) {
+    let store = Store::open(&config.data_dir.join("state.redb")).unwrap();
+    let own = std::process::id();
+    for number in 0..PODS {
+        let pod = id(number, 0);
+        let record = SandboxRecord {
+            id: pod.clone(),
+            config: Some(pod_config(number)),
+            created_ns: number as i64 + 1,
+            phase: Phase::Ready as i32,
+            monitor_pid: own,
+            monitor_start: pidfd::start_time(own).unwrap(),
+            ..SandboxRecord::default()
+        };
+        store.put_sandbox(record).await.unwrap();
+        for container in 1..=CONTAINERS {
+            let record = ContainerRecord {
+                id: id(number, container),
+                sandbox_id: pod.clone(),
+                config: Some(container_config(number, container)),
+                image_id: format!("sha256:{}", id(0, 0)),
+                created_ns: (number * CONTAINERS + container) as i64,
+                ..ContainerRecord::default()
+            };
+            store.put_container(record).await.unwrap();
+        }
+        serve_monitor(config.run_dir.join("sandboxes").join(&pod), number, samples);
+    }
+}
+
+fn serve_monitor(dir: PathBuf, number: usize, samples: &Arc<AtomicU64>) {
+    std::fs::create_dir_all(&dir).unwrap();
+    // A socket's address holds 108 bytes: the folder's own is longer.
+    let folder = std::fs::File::open(&dir).unwrap();
+    let short = format!(
+        "/proc/self/fd/{}/monitor.sock",
+        std::os::fd::AsRawFd::as_raw_fd(&folder)
+    );
+    let listener = UnixListener::bind(short).unwrap();
+    let service = MonitorServer::new(FakeMonitor {
+        number,
+        samples: Arc::clone(samples),
+    });
+    let server = Server::builder().add_service(service);
+    tokio::spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
+}
+
+/// 64 hex digits.
+fn id(pod: usize, container: usize) -> String {
+    format!(
+        "{:064x}",
+        0xabcd_0000_0000_u64 + (pod * 16 + container) as u64
+    )
+}
+
+fn pod_config(number: usize) -> cri::PodSandboxConfig {
+    cri::PodSandboxConfig {
+        metadata: Some(cri::PodSandboxMetadata {
+            name: format!("deployment-5d78c9869d-{number}"),
+            uid: format!("7f9c24e8-3b13-4f5e-b2d5-{number:012}"),
+            namespace: "production".into(),
+            attempt: 0,
+        }),
+        labels: map("label", 6),
+        annotations: map("annotation", 4),
+        log_directory: format!("/var/log/pods/production_{number}"),
+        linux: Some(cri::LinuxPodSandboxConfig::default()),
+        ..cri::PodSandboxConfig::default()
+    }
+}
+
+fn container_config(pod: usize, number: usize) -> cri::ContainerConfig {
+    let env = |number| cri::KeyValue {
+        key: format!("SERVICE_{number}_PORT"),
+        value: b"tcp://10.96.0.1:443".to_vec(),
+    };
+    let mount = |number| cri::Mount {
+        container_path: format!("/etc/volume-{number}"),
+        host_path: format!("/var/lib/kubelet/pods/{pod}/volumes/kubernetes.io~configmap/{number}"),
+        ..cri::Mount::default()
+    };
+    cri::ContainerConfig {
+        metadata: Some(cri::ContainerMetadata {
+            name: format!("container-{number}"),
+            attempt: 0,
+        }),
+        image: Some(cri::ImageSpec {
+            image: "registry.example/library/application:1.2.3".into(),
+            ..cri::ImageSpec::default()
+        }),
+        labels: map("label", 6),
+        annotations: map("annotation", 8),
+        envs: (0..20).map(env).collect(),
+        mounts: (0..4).map(mount).collect(),
+        ..cri::ContainerConfig::default()
+    }
+}
+
+fn map(kind: &str, count: usize) -> std::collections::HashMap<String, String> {
+    let entry = |number| {
+        let key = format!("io.kubernetes.{kind}/{number}");
+        (key, format!("the value of {kind} number {number}"))
+    };
+    (0..count).map(entry).collect()
+}
+
+/// Tells that all containers of its pod run, and that they use more from sample to sample.
+struct FakeMonitor {
+    number: usize,
+    samples: Arc<AtomicU64>,
+}
+
+#[tonic::async_trait]
+impl Monitor for FakeMonitor {
+    async fn watch(
+        &self,
+        _request: Request<WatchRequest>,
+    ) -> Result<Response<BoxStream<Snapshot>>, Status> {
+        let container = |number| monitor::Container {
+            id: id(self.number, number),
+            state: monitor::ContainerState::Running as i32,
+            created_ns: 1,
+            started_ns: 2,
+            ..monitor::Container::default()
+        };
+        let snapshot = Snapshot {
+            sandbox_id: id(self.number, 0),
+            state: monitor::SandboxState::Ready as i32,
+            revision: 1,
+            containers: (1..=CONTAINERS).map(container).collect(),
+            ..Snapshot::default()
+        };
+        let first = tokio_stream::once(Ok(snapshot));
+        let rest = tokio_stream::pending();
+        Ok(Response::new(Box::pin(tokio_stream::StreamExt::chain(
+            first, rest,
+        ))))
+    }
+
+    async fn sample(
+        &self,
+        _request: Request<SampleRequest>,
+    ) -> Result<Response<SampleResponse>, Status> {
+        let count = self.samples.fetch_add(1, Ordering::Relaxed);
+        let stall = agent::Stall {
+            total_us: count,
+            average_10: 123,
+            average_60: 45,
+            average_300: 6,
+        };
+        let pressure = agent::Pressure {
+            some: Some(stall),
+            full: Some(stall),
+        };
+        let usage = Usage {
+            cpu_ns: count * 1_000_000,
+            memory_bytes: 100 << 20,
+            inactive_file_bytes: 10 << 20,
+            anonymous_bytes: 50 << 20,
+            page_faults: count,
+            cpu_pressure: Some(pressure),
+            memory_pressure: Some(pressure),
+            io_pressure: Some(pressure),
+            ..Usage::default()
+        };
+        let container = |number| agent::ContainerSample {
+            id: id(self.number, number),
+            usage: Some(usage.clone().into()),
+            writable_layer: Some(agent::WritableLayer {
+                used_bytes: 1 << 20,
+                inodes: 100,
+            }),
+            ..agent::ContainerSample::default()
+        };
+        let interface = agent::InterfaceSample {
+            name: "eth0".into(),
+            ..agent::InterfaceSample::default()
+        };
+        Ok(Response::new(SampleResponse {
+            total: Some(usage.clone()),
+            containers: (1..=CONTAINERS).map(container).collect(),
+            interfaces: vec![interface],
+            scratch: None,
+        }))
+    }
+}
