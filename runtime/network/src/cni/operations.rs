@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
-use tokio::sync::{OwnedMutexGuard, oneshot};
+use tokio::sync::{Mutex, OwnedMutexGuard, oneshot};
 use tokio::task::spawn_blocking;
 
 use super::cache::{Cache, Entry, Record};
@@ -30,6 +30,8 @@ pub struct Operations {
     conf: ConfDir,
     cache: Cache,
     locks: Locks,
+    /// Whether an ADD has succeeded since the start: of a pod without port mappings, and of one with.
+    has_added: [Mutex<bool>; 2],
 }
 
 impl Operations {
@@ -44,6 +46,7 @@ impl Operations {
             conf: ConfDir::new(config.conf_dir),
             cache: Cache::new(config.cache_dir),
             locks: Locks::default(),
+            has_added: Default::default(),
         }
     }
 
@@ -86,9 +89,15 @@ impl Operations {
                 "sandbox {id} is attached already"
             )));
         }
+        // What all pods share, plugins make for the first one, and portmap fails when another pod is the first at the
+        // same time: until one ADD has succeeded they take turns.
+        let kind = usize::from(!attachment.port_mappings.is_empty());
+        let mut turn = Some(self.has_added[kind].lock().await).filter(|has_added| !**has_added);
         let attached = self.attach(record, &mut gone).await;
         if attached.is_err() {
             self.undo(&id).await;
+        } else if let Some(has_added) = &mut turn {
+            **has_added = true;
         }
         attached
     }
