@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use podvisor_tests::crictl::{container, shell, with_pod};
 use podvisor_tests::daemon::Daemon;
+use podvisor_tests::machine::slowness;
 use podvisor_tests::oci::{Image, Layer};
 use podvisor_tests::registry::{Registry, busybox};
 use podvisor_tests::{eventually, logs};
@@ -244,7 +245,7 @@ fn a_log_is_rotated_while_it_is_written_as_fast_as_can_be() {
         let log = pod.log("c");
         let cri = daemon.cri();
         let mut rotated = Vec::new();
-        for number in 0..25 {
+        for number in 0..24 / slowness().min(3) {
             eventually("lines in the new file", || {
                 let length = std::fs::metadata(&log).expect("it is there").len();
                 (length > 0).then_some(())
