@@ -117,13 +117,15 @@ impl Daemon {
         Ok(())
     }
 
-    /// Searches for orphans for ever.
+    /// Searches for orphans, and for what failed pulls have left, for ever.
     pub async fn sweep_forever(self: Arc<Self>) {
         let mut timer = tokio::time::interval(SWEEP);
         timer.tick().await;
         loop {
             timer.tick().await;
             self.sweep().await;
+            let images = self.images.clone();
+            let _ = tokio::task::spawn_blocking(move || images.expire()).await;
         }
     }
 

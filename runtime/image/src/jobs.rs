@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use tracing::{Instrument, debug, warn};
+use tracing::{Instrument, debug, info, warn};
 
 use crate::layer::{self, LayerError, blob};
 use crate::pull::{Progress, PullError};
 use crate::reference::Digest;
 use crate::registry::Registry;
 use crate::registry::manifest::Descriptor;
-use crate::store::{Inner, LayerLease, StoreError, blocking};
+use crate::store::{Inner, LayerLease, Partial, StoreError, blocking};
 
 /// The running jobs by diff id.
 #[derive(Default)]
@@ -157,8 +157,8 @@ async fn run(
     state.send_modify(|state| state.result = Some(result.map(Arc::new)));
 }
 
-/// Downloads and converts a layer. Bytes that are not the layer are tried again from the next host: a mirror may be
-/// broken where the registry is not.
+/// Downloads and converts a layer. Bytes that are not the layer are tried again: all of them, where a part was there before,
+/// and then from the next host, as a mirror may be broken where the registry is not.
 async fn make(
     store: &Arc<Inner>,
     registry: &Registry,
@@ -168,11 +168,24 @@ async fn make(
 ) -> Result<LayerLease, PullError> {
     let mut first_host = 0;
     loop {
-        let (sender, reader) = blob::channel(blob.digest.clone(), blob.size);
+        let (inner, wanted) = (Arc::clone(store), blob.clone());
+        // Gone when this is cancelled.
+        let partial = blocking(move || inner.partial(&wanted)).await;
+        let kept = partial.as_ref().and_then(|partial| partial.file().ok());
+        let there = kept
+            .as_ref()
+            .and(partial.as_ref())
+            .map_or(0, Partial::length);
+        if there > 0 {
+            info!(layer = %blob.digest, there, of = blob.size, "going on with a layer");
+        }
+        let (sender, reader) = blob::channel(blob.digest.clone(), blob.size, kept, there);
         let (inner, digest, wanted) = (Arc::clone(store), blob.digest.clone(), diff_id.clone());
         let unpacking = blocking(move || unpack(&inner, reader, &digest, &wanted));
         let download = async {
-            let result = registry.download(blob, first_host, &sender, received).await;
+            let result = registry
+                .download(blob, first_host, there, &sender, received)
+                .await;
             match &result {
                 Ok(_) => sender.finish().await,
                 // The thread reads no further.
@@ -181,9 +194,19 @@ async fn make(
             result
         };
         let (host, unpacked) = tokio::join!(download, unpacking);
-        let host = host?;
+        let host = match host {
+            Ok(host) => host,
+            Err(error) => {
+                partial.into_iter().for_each(Partial::keep);
+                return Err(error.into());
+            }
+        };
         match unpacked {
             Ok(lease) => return Ok(lease),
+            Err(error @ PullError::Corrupt(_)) if there > 0 => {
+                warn!(%error, layer = %blob.digest, "beginning anew");
+                blocking(move || partial.map(|partial| partial.clear())).await;
+            }
             Err(error @ PullError::Corrupt(_)) if registry.has_host_after(host) => {
                 warn!(%error, layer = %blob.digest, "asking the next host");
                 first_host = host + 1;

@@ -18,6 +18,10 @@ pub struct Limits {
     pub retry_after_max: Duration,
     /// Layers of one image that are downloaded and converted at the same time.
     pub parallel_layers: usize,
+    /// Smallest blob of which a part is kept when its download fails, for the next pull to go on.
+    pub min_resumed_bytes: u64,
+    /// How long such a part is kept.
+    pub resumable_for: Duration,
     /// Largest manifest, index or image configuration, bytes.
     pub max_manifest_bytes: u64,
     /// Most layers in an image. A pod's disk has 255 partitions, the container's overlay mount its own bound.
@@ -44,6 +48,8 @@ impl Default for Limits {
             backoff: Duration::from_millis(250),
             retry_after_max: Duration::from_secs(10),
             parallel_layers: 3,
+            min_resumed_bytes: 4 << 20,
+            resumable_for: Duration::from_hours(1),
             max_manifest_bytes: 4 << 20,
             max_layers: 127,
             max_layer_bytes: 256 << 30,

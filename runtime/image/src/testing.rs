@@ -166,7 +166,7 @@ pub(crate) fn convert_blob(
     diff_id: &Digest,
     limits: &Limits,
 ) -> Result<NewLayer, LayerError> {
-    let (sender, reader) = blob::channel(sha256(blob), blob.len() as u64);
+    let (sender, reader) = blob::channel(sha256(blob), blob.len() as u64, None, 0);
     let pieces: Vec<bytes::Bytes> = blob
         .chunks(10_007)
         .map(bytes::Bytes::copy_from_slice)

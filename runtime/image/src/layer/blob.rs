@@ -1,6 +1,8 @@
 //! A blob on its way from the network to the thread that unpacks it.
 
+use std::fs::File;
 use std::io::{self, BufRead, Read};
+use std::os::unix::fs::FileExt as _;
 
 use bytes::{Buf, Bytes};
 use sha2::{Digest as _, Sha256};
@@ -10,6 +12,9 @@ use crate::reference::Digest;
 
 /// Pieces that may wait for the unpacking thread. A piece is what the network gave at once, at most some 100 KiB.
 const PIECES: usize = 8;
+
+/// What is read at once of the part that was there.
+const CHUNK: u64 = 128 << 10;
 
 /// Why a blob is not there.
 #[derive(Debug, thiserror::Error)]
@@ -37,12 +42,22 @@ pub(crate) struct BlobReader {
     digest: Digest,
     size: u64,
     received: u64,
+    /// Where the blob is kept as it comes.
+    kept: Option<File>,
+    /// Bytes of that file that were there before; the sender's come after them.
+    there: u64,
     hash: Sha256,
     at_end: bool,
 }
 
-/// A channel for the blob with this digest and size.
-pub(crate) fn channel(digest: Digest, size: u64) -> (BlobSender, BlobReader) {
+/// A channel for the blob with this digest and size. The reader keeps what it reads in the file, and begins with the `there`
+/// bytes that are in it already.
+pub(crate) fn channel(
+    digest: Digest,
+    size: u64,
+    kept: Option<File>,
+    there: u64,
+) -> (BlobSender, BlobReader) {
     let (sender, pieces) = mpsc::channel(PIECES);
     let hash = Sha256::new();
     let reader = BlobReader {
@@ -51,6 +66,8 @@ pub(crate) fn channel(digest: Digest, size: u64) -> (BlobSender, BlobReader) {
         digest,
         size,
         received: 0,
+        kept,
+        there,
         hash,
         at_end: false,
     };
@@ -86,10 +103,11 @@ impl BlobReader {
     }
 
     fn next_piece(&mut self) -> io::Result<()> {
-        let piece = self
-            .pieces
-            .blocking_recv()
-            .ok_or_else(|| error(BlobError::Cancelled))?;
+        let piece = if self.received < self.there {
+            self.piece_from_file()?
+        } else {
+            self.piece_from_sender()?
+        };
         if piece.is_empty() {
             self.at_end = true;
             return self.check();
@@ -101,6 +119,26 @@ impl BlobReader {
         }
         self.piece = piece;
         Ok(())
+    }
+
+    fn piece_from_file(&self) -> io::Result<Bytes> {
+        let mut piece = vec![0; (self.there - self.received).min(CHUNK) as usize];
+        if let Some(file) = &self.kept {
+            file.read_exact_at(&mut piece, self.received)?;
+        }
+        Ok(piece.into())
+    }
+
+    fn piece_from_sender(&mut self) -> io::Result<Bytes> {
+        let piece = self.pieces.blocking_recv();
+        let piece = piece.ok_or_else(|| error(BlobError::Cancelled))?;
+        if let Some(file) = &self.kept
+            && file.write_all_at(&piece, self.received).is_err()
+        {
+            // The pull can do without.
+            self.kept = None;
+        }
+        Ok(piece)
     }
 
     fn check(&self) -> io::Result<()> {

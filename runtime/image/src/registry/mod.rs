@@ -156,18 +156,22 @@ impl Registry {
         })
     }
 
-    /// Downloads a blob into `out`, from the first of the hosts from number `first` on that has it. A download that
-    /// breaks goes on where it broke, on the same host and then on the next ones. `received` is told how many bytes
-    /// there are so far. Returns the number of the host that gave the first bytes: the first to suspect if they are wrong.
+    /// Downloads a blob into `out`, without its first `there` bytes, from the first of the hosts from number `first` on that
+    /// has it. A download that breaks goes on where it broke, on the same host and then on the next ones. `received` is told
+    /// how many bytes there are so far. Returns the number of the host that gave the first bytes: the first to suspect if they are wrong.
     pub(crate) async fn download(
         &self,
         blob: &Descriptor,
         first: usize,
+        there: u64,
         out: &BlobSender,
         received: &(dyn Fn(u64) + Send + Sync),
     ) -> Result<usize, RegistryError> {
+        if there > 0 && there == blob.size {
+            return Ok(first);
+        }
         let mut failures = Vec::new();
-        let mut offset = 0;
+        let mut offset = there;
         let mut giver = None;
         for (number, host) in self
             .hosts

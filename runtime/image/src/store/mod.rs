@@ -1,9 +1,10 @@
 //! What is on this node: images in redb and in memory, layer files on disk, and who uses them.
 //!
-//! In the store's directory: `layers/<diff_id>.erofs`, each a finished layer, and `tmp/`, files being written or
-//! about to be unlinked. A layer file lives as long as someone holds it: an image in the database, or a pull in
+//! In the store's directory: `layers/<diff_id>.erofs`, each a finished layer, `tmp/`, files being written or
+//! about to be unlinked, and `partial/` ([`partial`]). A layer file lives as long as someone holds it: an image in the database, or a pull in
 //! progress through a [`LayerLease`]. Both counts are in memory and rebuilt at open, when nothing is in progress.
 
+mod partial;
 mod records;
 
 use std::collections::{BTreeMap, HashMap};
@@ -26,6 +27,7 @@ use crate::layer::NewLayer;
 use crate::limits::Limits;
 use crate::pull::{self, Credentials, Progress, PullError};
 use crate::reference::{Digest, Reference, Target, is_sha256_hex};
+pub(crate) use partial::Partial;
 
 /// The images of this node. Clones share one store.
 #[derive(Clone)]
@@ -37,6 +39,7 @@ pub(crate) struct Inner {
     db: Arc<Database>,
     layers_dir: PathBuf,
     tmp_dir: PathBuf,
+    partial_dir: PathBuf,
     pub(crate) registries: Registries,
     pub(crate) limits: Limits,
     pub(crate) jobs: Jobs,
@@ -164,14 +167,16 @@ impl ImageStore {
         registries: Registries,
         limits: Limits,
     ) -> Result<Self, StoreError> {
-        let (layers_dir, tmp_dir) = (dir.join("layers"), dir.join("tmp"));
-        for path in [&layers_dir, &tmp_dir] {
+        let [layers_dir, tmp_dir, partial_dir] =
+            ["layers", "tmp", "partial"].map(|name| dir.join(name));
+        for path in [&layers_dir, &tmp_dir, &partial_dir] {
             fs::create_dir_all(path).map_err(StoreError::file("create", path))?;
         }
         let inner = Inner {
             db,
             layers_dir,
             tmp_dir,
+            partial_dir,
             registries,
             limits,
             jobs: Jobs::default(),
@@ -187,8 +192,8 @@ impl ImageStore {
     }
 
     /// Pulls `reference` and makes it visible at once, when all of it is there. What is already on this node is
-    /// not downloaded again; concurrent pulls share their layers' downloads. Dropping the future cancels the pull
-    /// and leaves nothing behind.
+    /// not downloaded again; concurrent pulls share their layers' downloads. After a failure, the next pull goes on
+    /// where this one was. Dropping the future cancels the pull and leaves nothing behind.
     ///
     /// `progress` is called from the task that polls the future, for each piece of a layer that arrived.
     pub async fn pull(
@@ -219,6 +224,11 @@ impl ImageStore {
         blocking(move || inner.remove(&name)).await
     }
 
+    /// Removes what no pull has gone on with for too long. Blocks.
+    pub fn expire(&self) {
+        self.inner.expire_partials();
+    }
+
     /// What the store's directory takes on disk, as `du` counts it. Looks at each file once: for thousands of
     /// layers call it from a blocking thread.
     pub fn usage(&self) -> Usage {
@@ -233,7 +243,8 @@ impl ImageStore {
             .parent()
             .and_then(|dir| fs::metadata(dir).ok());
         root.iter().for_each(&mut add);
-        for dir in [&self.inner.layers_dir, &self.inner.tmp_dir] {
+        let inner = &self.inner;
+        for dir in [&inner.layers_dir, &inner.tmp_dir, &inner.partial_dir] {
             fs::metadata(dir).iter().for_each(&mut add);
             // A file that is removed meanwhile takes no space.
             let entries = fs::read_dir(dir).into_iter().flatten().flatten();

@@ -224,6 +224,8 @@ impl Inner {
                 }
             }
         }
+        drop(state);
+        self.expire_partials();
         Ok(())
     }
 }

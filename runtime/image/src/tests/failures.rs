@@ -29,7 +29,7 @@ async fn fails_with(
     fails(move |request| change(request).unwrap_or_else(|| fixture.answer(request))).await
 }
 
-fn is_layer(fixture: &Fixture, request: &Request) -> bool {
+pub(super) fn is_layer(fixture: &Fixture, request: &Request) -> bool {
     fixture
         .layers
         .iter()

@@ -4,6 +4,7 @@ mod authentication;
 mod failures;
 mod fake_registry;
 mod pulls;
+mod resumed;
 mod store;
 
 use std::collections::BTreeMap;
@@ -115,6 +116,7 @@ fn limits() -> Limits {
         connect_timeout: Duration::from_secs(2),
         stall_timeout: Duration::from_millis(500),
         backoff: Duration::from_millis(5),
+        min_resumed_bytes: 200_000,
         ..Limits::default()
     }
 }
@@ -134,9 +136,13 @@ impl Node {
 
     /// Closes the store and opens it again.
     fn reopen(self) -> Self {
+        self.reopen_with(limits())
+    }
+
+    fn reopen_with(self, limits: Limits) -> Self {
         let Self { dir, store } = self;
         drop(store);
-        let store = open(dir.path(), limits());
+        let store = open(dir.path(), limits);
         Self { dir, store }
     }
 
@@ -153,7 +159,7 @@ impl Node {
     /// The files of the store.
     fn files(&self) -> Vec<String> {
         let mut files = Vec::new();
-        for dir in ["layers", "tmp"] {
+        for dir in ["layers", "partial", "tmp"] {
             for entry in std::fs::read_dir(self.dir.path().join("images").join(dir)).unwrap() {
                 files.push(format!(
                     "{dir}/{}",
@@ -167,8 +173,13 @@ impl Node {
 
     /// Waits until the store has no file: threads clean up after themselves a moment later.
     async fn becomes_empty(&self) {
+        self.keeps_only("no file").await;
+    }
+
+    /// Waits until the store has no file whose path does not begin so.
+    async fn keeps_only(&self, path: &str) {
         for _ in 0..500 {
-            if self.files().is_empty() {
+            if self.files().iter().all(|file| file.starts_with(path)) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -190,7 +201,16 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 fn open(dir: &Path, limits: Limits) -> ImageStore {
-    let database = Arc::new(redb::Database::create(dir.join("state.redb")).unwrap());
+    // What a store has begun holds it a moment longer.
+    let mut opened = redb::Database::create(dir.join("state.redb"));
+    for _ in 0..500 {
+        let Err(redb::DatabaseError::DatabaseAlreadyOpen) = opened else {
+            break;
+        };
+        std::thread::sleep(Duration::from_millis(10));
+        opened = redb::Database::create(dir.join("state.redb"));
+    }
+    let database = Arc::new(opened.unwrap());
     ImageStore::open(
         database,
         &dir.join("images"),

@@ -50,14 +50,7 @@ async fn a_pull_goes_on_where_one_failed() {
         ranges(&registry, &fixture),
         [String::new(), from(50_000), from(100_000), from(150_000)]
     );
-    let layers = |files: Vec<String>| files.iter().all(|file| file.starts_with("layers/"));
-    for _ in 0..500 {
-        if layers(node.files()) {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert!(layers(node.files()), "{:?}", node.files());
+    node.keeps_only("layers/").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
