@@ -29,6 +29,7 @@
 //! | [`spec`]          | fills in what the OCI spec leaves to the guest                           |
 //! | [`cgroup`]        | control groups of containers and execs                                   |
 //! | [`resources`]     | limits of a container                                                    |
+//! | [`memory`]        | memory that the VM is given while it runs                                |
 //! | [`device_filter`] | which devices a container may use                                        |
 //! | [`watch`]         | news from control groups: out of memory, empty                           |
 //! | [`container`]     | the table of containers and their life                                   |
@@ -50,6 +51,7 @@ mod image_volume;
 mod init;
 mod kmsg;
 mod launcher;
+mod memory;
 mod mount;
 mod network;
 mod oci;

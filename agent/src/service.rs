@@ -5,7 +5,7 @@ use futures_util::StreamExt;
 use nix::time::{ClockId, clock_gettime};
 use podvisor_proto::agent::agent_server::Agent;
 use podvisor_proto::agent::{
-    ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureSandboxRequest,
+    AddMemoryRequest, AddMemoryResponse, ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureSandboxRequest,
     ConfigureSandboxResponse, CreateContainerRequest, CreateContainerResponse, Event,
     EventsRequest, ExecRequest, ExecResponse, HelloRequest, HelloResponse, PortForwardRequest,
     PortForwardResponse, RemoveContainerRequest, RemoveContainerResponse, ResizeRequest,
@@ -19,8 +19,10 @@ use tonic::{Code, Request, Response, Status};
 use crate::container::{ContainerError, Pod};
 use crate::disk::DiskError;
 use crate::image_volume::ImageVolumeError;
+use crate::guest;
 use crate::kmsg;
 use crate::launcher::{FailureKind, LaunchError};
+use crate::memory::{self, MemoryError};
 use crate::network::{self, NetworkError};
 use crate::resources::ResourcesError;
 use crate::rootfs::RootfsError;
@@ -88,7 +90,7 @@ impl Agent for Service {
                 "this agent speaks version {VERSION}, not {version}"
             )));
         }
-        let (memory_total_bytes, memory_available_bytes) = memory();
+        let (memory_total_bytes, memory_available_bytes) = memory::read();
         Ok(Response::new(HelloResponse {
             version: VERSION,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -166,6 +168,23 @@ impl Agent for Service {
         Ok(Response::new(ExecResponse { pid: pid as u32 }))
     }
 
+    async fn add_memory(
+        &self,
+        request: Request<AddMemoryRequest>,
+    ) -> Result<Response<AddMemoryResponse>, Status> {
+        let add = move || {
+            memory::add(request.get_ref())?;
+            // The kernel has made its own rules for as much memory.
+            guest::tune_kernel();
+            Ok::<_, MemoryError>(memory::read().0)
+        };
+        let added = tokio::task::spawn_blocking(add);
+        // A panic ends the guest, so the runtime is shutting down.
+        let ended = |error: tokio::task::JoinError| Status::unavailable(error.to_string());
+        let memory_total_bytes = added.await.map_err(ended)?.map_err(ApiError::from)?;
+        Ok(Response::new(AddMemoryResponse { memory_total_bytes }))
+    }
+
     async fn signal(
         &self,
         request: Request<SignalRequest>,
@@ -218,20 +237,6 @@ impl Agent for Service {
     }
 }
 
-/// Total and available bytes, from /proc/meminfo; zeroes when that is not mounted yet.
-fn memory() -> (u64, u64) {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let bytes = |name: &str| {
-        text.lines()
-            .find_map(|line| line.strip_prefix(name))
-            .and_then(|rest| rest.trim_start_matches(':').split_whitespace().next())
-            .and_then(|kib| kib.parse::<u64>().ok())
-            .unwrap_or(0)
-            * 1024
-    };
-    (bytes("MemTotal"), bytes("MemAvailable"))
-}
-
 /// Any error of a call.
 #[derive(Debug, thiserror::Error)]
 enum ApiError {
@@ -241,6 +246,9 @@ enum ApiError {
     /// See [`NetworkError`].
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// See [`MemoryError`].
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
 }
 
 impl ApiError {
@@ -252,6 +260,17 @@ impl ApiError {
                 NetworkError::Malformed { .. } | NetworkError::TooMany => Code::InvalidArgument,
                 NetworkError::NoInterface(_) => Code::NotFound,
                 NetworkError::Kernel { .. } | NetworkError::Namespace(_) => Code::Internal,
+            },
+            Self::Memory(error) => match error {
+                MemoryError::Blocks { .. } => Code::InvalidArgument,
+                MemoryError::Add { source, .. }
+                    if source.kind() == std::io::ErrorKind::OutOfMemory =>
+                {
+                    Code::ResourceExhausted
+                }
+                MemoryError::Mount(_) | MemoryError::File { .. } | MemoryError::Add { .. } => {
+                    Code::Internal
+                }
             },
         }
     }

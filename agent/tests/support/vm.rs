@@ -98,6 +98,7 @@ pub async fn boot() -> Option<VmGuest> {
         id: "agent-test".into(),
         vcpus: 1,
         memory_bytes: 256 << 20,
+        max_memory_bytes: 0,
         kernel: File::open(kernel).unwrap().into(),
         initramfs: File::open(initramfs).unwrap().into(),
         cmdline: format!(

@@ -102,6 +102,8 @@ pub struct Vm {
     pub vcpus: u32,
     /// MiB of a pod that names no memory limit.
     pub memory_mib: u64,
+    /// What a VM's memory may grow to, MiB; 0: as much as the node has.
+    pub max_memory_mib: u64,
     /// Smallest VM, MiB.
     pub min_memory_mib: u64,
     /// Writable disk of a pod, MiB.
@@ -256,6 +258,7 @@ impl Default for Vm {
             guest_dir: "/usr/lib/podvisor".into(),
             vcpus: 1,
             memory_mib: 512,
+            max_memory_mib: 0,
             min_memory_mib: 96,
             scratch_mib: 10 * 1024,
             boot_timeout_s: 30,

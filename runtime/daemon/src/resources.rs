@@ -1,6 +1,10 @@
 //! UpdateContainerResources, and the CPUs of the node that a pod's VM may run on.
 
+use std::sync::Arc;
+
 use podvisor_proto::{cri, monitor};
+use tonic::Code;
+use tracing::warn;
 
 use crate::cgroup::{CgroupError, PodCgroup};
 use crate::daemon::{Daemon, blocking, within};
@@ -46,6 +50,8 @@ impl Daemon {
             resources: serde_json::to_vec(&spec)
                 .map_err(|error| Error::io("OCI resources")(std::io::Error::other(error)))?,
         };
+        self.make_room(&container.pod, Some((&container.record.id, &merged)))
+            .await?;
         let mut client = monitor.client();
         within(CALL, "UpdateContainer", client.update_container(request)).await?;
         container.set_limits(merged);
@@ -56,11 +62,11 @@ impl Daemon {
     /// Changes what a pod may have, all its containers together.
     ///
     /// The group that `cgroup_parent` names is its maker's: a kubelet has changed it before it calls. Without one
-    /// the pod's own group gets the limits. A VM stays as large as it was made: less is a matter of limits, more
-    /// is refused.
+    /// the pod's own group gets the limits. A VM is given more memory, and keeps it; its CPUs and huge pages are those
+    /// that it was made with: less is a matter of limits, more is refused.
     ///
     /// # Errors
-    /// INVALID_ARGUMENT; FAILED_PRECONDITION: the VM is too small, or the pod's own group cannot have the limits, because
+    /// INVALID_ARGUMENT; FAILED_PRECONDITION: the VM cannot be as large, or the pod's own group cannot have the limits, because
     /// more memory is in use or the node lacks a controller.
     pub async fn update_pod_sandbox_resources(
         &self,
@@ -91,10 +97,11 @@ impl Daemon {
             );
             if !is.holds(&asked) {
                 return Err(Error::Precondition(format!(
-                    "sandbox {} has a VM of {is} and would need one of {asked}: VMs do not grow",
+                    "sandbox {} has a VM of {is} and would need one of {asked}: only its memory can grow",
                     pod.id
                 )));
             }
+            self.grow(&pod, asked.memory_bytes).await?;
         }
         if limits.cgroup_parent.is_empty() {
             self.limit_group(&pod.id, &made, limits.clone(), on_host)
@@ -102,6 +109,78 @@ impl Daemon {
         }
         self.store.put_sandbox(pod.set_limits(limits)).await?;
         Ok(())
+    }
+
+    /// Gives the pod's VM the memory that its containers may use, if it has not got it yet: those that have not ended, by
+    /// their limits, or the one that is named by its new ones.
+    ///
+    /// # Errors
+    /// FAILED_PRECONDITION: it cannot have as much.
+    pub async fn make_room(
+        &self,
+        pod: &Arc<Pod>,
+        changed: Option<(&str, &cri::LinuxContainerResources)>,
+    ) -> Result<()> {
+        let record = pod.record();
+        if Self::is_on_host(&record) {
+            return Ok(());
+        }
+        let mut limits = 0_u64;
+        for container in self.pods.containers_of(&pod.id) {
+            if container.state().state() == monitor::ContainerState::Exited {
+                continue;
+            }
+            let limit = match changed {
+                Some((id, new)) if id == container.record.id => {
+                    vm_size::memory_bytes(Some(new))
+                }
+                _ => vm_size::memory_bytes(Some(&container.limits())),
+            };
+            limits = limits.saturating_add(limit);
+        }
+        let mut config = record.config.unwrap_or_default();
+        if record.updated.is_some() {
+            config.linux = record.updated;
+        }
+        let (node, defaults) = (vm_size::node_memory(), &self.config.vm);
+        let needed = vm_size::memory_with_containers(&config, limits, node, defaults)?;
+        self.grow(pod, needed).await
+    }
+
+    /// Gives the pod's VM memory until it has at least `bytes`.
+    ///
+    /// # Errors
+    /// FAILED_PRECONDITION: it cannot have as much.
+    async fn grow(&self, pod: &Arc<Pod>, bytes: u64) -> Result<()> {
+        let has = pod.snapshot().memory_bytes;
+        if has >= bytes {
+            return Ok(());
+        }
+        if has == 0 {
+            // Until it is made anew, with what is needed.
+            warn!(sandbox = pod.id, "its monitor cannot give a VM memory");
+            return Ok(());
+        }
+        let request = monitor::GrowRequest {
+            memory_bytes: bytes,
+        };
+        let mut client = pod.ready_monitor()?.client();
+        match within(CALL, "Grow", client.grow(request)).await {
+            Ok(grown) => {
+                self.pods.apply(pod, grown.snapshot);
+                Ok(())
+            }
+            Err(Error::Monitor(status)) if status.code() == Code::FailedPrecondition => {
+                Err(Error::Precondition(format!(
+                    "sandbox {} has a VM of {} MiB and would need one of {}: {} (vm.max_memory_mib in the configuration)",
+                    pod.id,
+                    has >> 20,
+                    bytes.div_ceil(1 << 20),
+                    status.message()
+                )))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Sets limits of the pod's own group. A VM's memory is as much as it was made with.

@@ -19,11 +19,9 @@ pub struct VmSize {
 const MIB: u64 = 1 << 20;
 
 impl VmSize {
-    /// Whether a VM of this size is large enough for who asks for `other`.
+    /// Whether a VM of this size has what `other` asks for, but for memory, which it can be given.
     pub fn holds(&self, other: &Self) -> bool {
-        other.vcpus <= self.vcpus
-            && other.memory_bytes <= self.memory_bytes
-            && other.huge_pages <= self.huge_pages
+        other.vcpus <= self.vcpus && other.huge_pages <= self.huge_pages
     }
 }
 
@@ -88,14 +86,55 @@ pub fn of(config: &cri::PodSandboxConfig, defaults: &config::Vm) -> Result<VmSiz
     })
 }
 
+/// Bytes that a VM for this pod has to have when its containers may use `containers` bytes together, of which it has no
+/// use for more than `node` bytes: what the node has.
+///
+/// # Errors
+/// As with [`of`].
+pub fn memory_with_containers(
+    config: &cri::PodSandboxConfig,
+    containers: u64,
+    node: u64,
+    defaults: &config::Vm,
+) -> Result<u64> {
+    let size = of(config, defaults)?;
+    if containers == 0 {
+        return Ok(size.memory_bytes);
+    }
+    let linux = config.linux.as_ref();
+    let overhead = linux.map_or(0, |linux| memory_bytes(linux.overhead.as_ref()));
+    let needed = containers.saturating_add(overhead).min(node);
+    let huge = size.huge_pages.saturating_mul(HUGE_PAGE.1);
+    Ok(size.memory_bytes.max(needed.saturating_add(huge)))
+}
+
+/// Bytes that a VM may grow to on a node that has `node` bytes.
+pub fn max_memory(defaults: &config::Vm, node: u64) -> u64 {
+    match defaults.max_memory_mib {
+        0 => node,
+        mib => mib.saturating_mul(MIB),
+    }
+}
+
+/// Bytes of memory that the node has.
+pub fn node_memory() -> u64 {
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: a structure that lives through the call, which fails only for a bad address.
+    unsafe { libc::sysinfo(&raw mut info) };
+    let bytes = info.totalram * u64::from(info.mem_unit);
+    bytes / MIB * MIB
+}
+
+/// The limit; 0: none.
+pub fn memory_bytes(resources: Option<&cri::LinuxContainerResources>) -> u64 {
+    resources.map_or(0, |resources| resources.memory_limit_in_bytes.max(0) as u64)
+}
+
 /// Bytes of memory that the pod may use, its overhead among them; `None`: no limit.
 pub fn memory_limit(linux: &cri::LinuxPodSandboxConfig) -> Option<u64> {
-    let bytes = |resources: &Option<cri::LinuxContainerResources>| {
-        let resources = resources.as_ref();
-        resources.map_or(0, |resources| resources.memory_limit_in_bytes.max(0) as u64)
-    };
-    let limit = bytes(&linux.resources);
-    (limit > 0).then(|| limit.saturating_add(bytes(&linux.overhead)))
+    let limit = memory_bytes(linux.resources.as_ref());
+    (limit > 0).then(|| limit.saturating_add(memory_bytes(linux.overhead.as_ref())))
 }
 
 /// CPUs that the pod may use, its overhead among them; `None`: no limit.
@@ -161,6 +200,39 @@ mod tests {
         let defaults = config::Vm::default();
         let size = of(&pod(4096, 1, 0), &defaults).unwrap();
         assert_eq!(size.memory_bytes, defaults.min_memory_mib * MIB);
+    }
+
+    #[test]
+    fn containers_may_need_more_than_the_pod_named() {
+        let need = |config: &_, containers| {
+            memory_with_containers(config, containers, 4 << 30, &config::Vm::default()).unwrap()
+        };
+        let unnamed = cri::PodSandboxConfig::default();
+        assert_eq!(need(&unnamed, 0), 512 * MIB);
+        assert_eq!(need(&unnamed, 300 * MIB), 512 * MIB);
+        assert_eq!(need(&unnamed, 600 * MIB), 600 * MIB);
+        // More than the node has is no use.
+        assert_eq!(need(&unnamed, 1 << 40), 4 << 30);
+        assert_eq!(need(&unnamed, u64::MAX), 4 << 30);
+        // Overhead comes with the containers' sum, too.
+        assert_eq!(need(&pod(0, 0, 64 << 20), 600 * MIB), 664 * MIB);
+        assert_eq!(need(&pod(1 << 30, 0, 64 << 20), 600 * MIB), 1088 * MIB);
+        let mut huge = pod(0, 0, 0);
+        let resources = huge.linux.as_mut().unwrap().resources.as_mut().unwrap();
+        resources.hugepage_limits = vec![cri::HugepageLimit {
+            page_size: "2MB".into(),
+            limit: 64 << 20,
+        }];
+        assert_eq!(need(&huge, 600 * MIB), 664 * MIB);
+    }
+
+    #[test]
+    fn a_vm_may_get_as_large_as_configured() {
+        let mut defaults = config::Vm::default();
+        assert_eq!(max_memory(&defaults, 4 << 30), 4 << 30);
+        defaults.max_memory_mib = 768;
+        assert_eq!(max_memory(&defaults, 4 << 30), 768 * MIB);
+        assert!(node_memory() > 64 * MIB);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use futures_util::stream::{FusedStream, Stream};
 use hyper_util::rt::TokioIo;
 use podvisor_proto::agent::agent_client::AgentClient;
 use podvisor_proto::agent::{
-    ConfigureNetworkRequest, ConfigureSandboxRequest, CreateContainerRequest,
+    AddMemoryRequest, AddMemoryResponse, ConfigureNetworkRequest, ConfigureSandboxRequest, CreateContainerRequest,
     CreateContainerResponse, Event, EventsRequest, ExecRequest, HelloRequest, HelloResponse,
     PortForwardRequest, RemoveContainerRequest, RemoveContainerResponse, ResizeRequest,
     SampleRequest, SampleResponse, ShutdownRequest, SignalRequest, StartContainerRequest,
@@ -66,6 +66,7 @@ mod deadline {
     pub const START: Duration = Duration::from_secs(30);
     pub const EXEC: Duration = Duration::from_secs(20);
     pub const UPDATE: Duration = Duration::from_secs(20);
+    pub const ADD_MEMORY: Duration = Duration::from_secs(40);
     pub const REMOVE: Duration = Duration::from_secs(30);
     pub const SIGNAL: Duration = Duration::from_secs(5);
     pub const SAMPLE: Duration = Duration::from_secs(5);
@@ -204,6 +205,15 @@ impl Agent {
     pub async fn exec(&self, request: ExecRequest) -> Result<(), AgentError> {
         call("Exec", deadline::EXEC, self.client().exec(request)).await?;
         Ok(())
+    }
+
+    pub async fn add_memory(
+        &self,
+        request: AddMemoryRequest,
+    ) -> Result<AddMemoryResponse, AgentError> {
+        let mut client = self.client();
+        let answer = client.add_memory(request);
+        call("AddMemory", deadline::ADD_MEMORY, answer).await
     }
 
     pub async fn signal(&self, request: SignalRequest) -> Result<(), AgentError> {

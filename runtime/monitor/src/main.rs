@@ -204,6 +204,7 @@ fn start_vm(
         id,
         vcpus: vm.spec.vcpus,
         memory_bytes: vm.spec.memory_bytes,
+        max_memory_bytes: vm.spec.max_memory_bytes,
         kernel: vm.kernel,
         initramfs: vm.initramfs,
         cmdline: vm::kernel_cmdline(&backend, tsc, &vm.spec.cmdline),

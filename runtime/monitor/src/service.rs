@@ -10,7 +10,7 @@ use podvisor_proto::monitor::monitor_server::Monitor;
 use podvisor_proto::monitor::{
     AttachRequest, AttachResponse, ConfigureRequest, ConfigureResponse, ConsoleChunk,
     ConsoleRequest, CreateContainerRequest, CreateContainerResponse, ExecRequest, ExecResponse,
-    ExecSyncRequest, ExecSyncResponse, PortForwardRequest, PortForwardResponse,
+    ExecSyncRequest, ExecSyncResponse, GrowRequest, GrowResponse, PortForwardRequest, PortForwardResponse,
     RemoveContainerRequest, RemoveContainerResponse, ReopenLogRequest, ReopenLogResponse,
     ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse, Snapshot,
     StartContainerRequest, StartContainerResponse, StopContainerRequest, StopContainerResponse,
@@ -159,6 +159,13 @@ impl Monitor for Service {
         let pod = Arc::clone(&self.pod);
         detached(async move { pod.update(request.into_inner()).await }).await??;
         Ok(Response::new(UpdateContainerResponse {}))
+    }
+
+    async fn grow(&self, request: Request<GrowRequest>) -> Result<Response<GrowResponse>, Status> {
+        let pod = Arc::clone(&self.pod);
+        let work = async move { pod.grow(request.into_inner().memory_bytes).await };
+        let snapshot = self.to_the_end(work).await?;
+        Ok(Response::new(GrowResponse { snapshot }))
     }
 
     async fn remove_container(

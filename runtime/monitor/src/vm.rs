@@ -106,7 +106,7 @@ async fn live(
     pod.add_phase(PHASE_VM_START, start_ns, now_ns());
     let vmm_pid = vm.pid().unwrap_or_default();
     pod.state().update(|snapshot| snapshot.vmm_pid = vmm_pid);
-    guest.set_counters(vm.backend(), vm.counters());
+    guest.set_running(vm.as_ref());
     tracing::info!(vmm_pid, backend = vm.backend(), "the VM runs");
 
     let booted = async {
@@ -122,6 +122,10 @@ async fn live(
             let message = with_console(guest, &boot_timeout_message(boot_timeout)).await;
             return ("BootTimeout", message);
         }
+    }
+    if let Err(error) = vm.booted() {
+        // The pod works, and keeps memory that it has no use for.
+        tracing::warn!(%error, "what the boot needed stays");
     }
     tokio::select! {
         exit = vm.exited() => exit_reason(pod, guest, exit).await,

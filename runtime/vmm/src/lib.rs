@@ -2,6 +2,7 @@
 //!
 //! - [`vm`]: what a VM is made of ([`VmConfig`]) and the trait that every backend implements ([`Vmm`]),
 //!   [`start`]
+//! - [`ram`]: how much memory a VM has, and more of it while it runs
 //! - [`kvm`]: our own backend, a VM of KVM's in this process
 //! - [`qemu`]: the backend that runs QEMU as a child process
 //! - [`device`]: [`VirtioDevice`], the trait of our devices, which knows nothing of any transport
@@ -18,6 +19,7 @@ pub mod device;
 pub mod devices;
 pub mod kvm;
 pub mod qemu;
+pub mod ram;
 pub mod seccomp;
 pub mod served;
 #[cfg(test)]
@@ -32,6 +34,7 @@ pub use devices::fs::{FsDevice, FsHandle};
 pub use devices::net::{NetDevice, Tap};
 pub use devices::rng::RngDevice;
 pub use devices::vsock::{VsockDevice, VsockHandle, VsockListener};
+pub use ram::{GrowError, Ram};
 pub use served::{DeviceStats, QueueStats};
 pub use vm::{
     Backend, ExitReason, NetConfig, StartError, VmConfig, VmCounters, VmStats, Vmm, start,

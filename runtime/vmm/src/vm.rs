@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::process::ExitStatus;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::stat::fstat;
 use thiserror::Error;
@@ -17,6 +17,7 @@ use crate::devices::vsock::VsockDevice;
 use crate::kvm::exits::ExitCounters;
 use crate::kvm::{self, KvmError};
 use crate::qemu::{self, QemuConfig, QemuError};
+use crate::ram::{Ram, RamSize};
 use crate::served::{DeviceCounters, DeviceStats};
 
 /// Least guest memory: the kernel and its initramfs unpacked, with nothing to spare.
@@ -31,6 +32,8 @@ pub struct VmConfig {
     pub vcpus: u32,
     /// Guest memory in bytes, a multiple of 1 MiB.
     pub memory_bytes: u64,
+    /// Bytes that it may get to while the VM runs. Not more than `memory_bytes`: it stays as it is.
+    pub max_memory_bytes: u64,
     /// Kernel: ELF with a PVH entry, or a bzImage.
     pub kernel: OwnedFd,
     /// Initial root file system.
@@ -66,6 +69,13 @@ impl VmConfig {
         }
         check_image("kernel", &self.kernel)?;
         check_image("initramfs", &self.initramfs)
+    }
+
+    pub(crate) fn ram(&self) -> RamSize {
+        RamSize {
+            boot: self.memory_bytes,
+            max: self.max_memory_bytes,
+        }
     }
 }
 
@@ -172,7 +182,7 @@ pub async fn start(config: VmConfig, backend: Backend) -> Result<Box<dyn Vmm>, S
 pub struct VmCounters {
     pub(crate) exits: Option<Arc<ExitCounters>>,
     pub(crate) devices: Vec<Arc<DeviceCounters>>,
-    pub(crate) guest_memory: Vec<(u64, u64)>,
+    pub(crate) guest_memory: Arc<Mutex<Vec<(u64, u64)>>>,
 }
 
 impl VmCounters {
@@ -185,7 +195,11 @@ impl VmCounters {
                 .map(|exits| exits.read())
                 .unwrap_or_default(),
             devices: self.devices.iter().map(|device| device.read()).collect(),
-            guest_memory: self.guest_memory.clone(),
+            guest_memory: self
+                .guest_memory
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
         }
     }
 }
@@ -231,4 +245,13 @@ pub trait Vmm: Send {
 
     /// What it counts.
     fn counters(&self) -> VmCounters;
+
+    /// Its memory.
+    fn ram(&self) -> Ram;
+
+    /// The guest's kernel has started its init: what only the boot needed may go.
+    ///
+    /// # Errors
+    /// It stays.
+    fn booted(&mut self) -> io::Result<()>;
 }

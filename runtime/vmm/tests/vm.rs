@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 
 use common::tap::open_tap;
 use common::{Guest, PATIENCE, file_of};
-use podvisor_vmm::{Access, ExitReason, NetConfig, Segment};
+use podvisor_vmm::{Access, ExitReason, GrowError, NetConfig, Segment, VmConfig};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -20,6 +20,36 @@ fn pattern(length: usize) -> Vec<u8> {
 
 fn partition(number: u32, segment: Segment) -> String {
     format!("partition {number} {} {}", segment.start, segment.length)
+}
+
+#[tokio::test]
+async fn a_vm_is_given_memory_while_it_runs() {
+    let growing = |config: &mut VmConfig| config.max_memory_bytes = 512 << 20;
+    let Some(mut guest) = Guest::boot_with(growing).await else {
+        return;
+    };
+    guest.vmm.booted().unwrap();
+    let before = guest.total_memory().await;
+    assert!(before < 128 << 20, "{before}: the guest sees what it has not been given");
+    let error = guest.vmm.ram().grow(513 << 20).unwrap_err();
+    assert!(matches!(error, GrowError::TooMuch { .. }), "{error}");
+
+    guest.grow(300 << 20).await;
+    assert_eq!(guest.vmm.ram().bytes(), 384 << 20);
+    let after = guest.total_memory().await;
+    assert_eq!(after - before, 256 << 20);
+    assert_eq!(guest.command(&format!("touch {}", 256 << 20)).await, "ok");
+
+    // Devices reach it: most of what is read lies there.
+    let content = pattern(200 << 20);
+    let disk = guest.disk.insert(
+        file_of(&content),
+        0,
+        content.len() as u64,
+        Access::ReadOnly,
+    );
+    assert_eq!(guest.command(&partition(1, disk.unwrap())).await, "ok");
+    assert!(guest.read(1, 0, content.len()).await == content);
 }
 
 #[tokio::test]

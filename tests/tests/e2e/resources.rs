@@ -2,7 +2,7 @@
 
 use podvisor_proto::cri;
 use podvisor_tests::crictl::{shell, with_pod};
-use podvisor_tests::daemon::Daemon;
+use podvisor_tests::daemon::{Daemon, Options};
 use podvisor_tests::logs;
 use podvisor_tests::registry::busybox;
 use serde_json::{Value, json};
@@ -244,6 +244,111 @@ fn out_of_memory_ends_one_container() {
     assert_eq!(daemon.inspect_pod(&id)["state"], "SANDBOX_READY");
 }
 
+/// Bytes of memory that the VM has: what `podvisor inspect` says, and the guest's kernel.
+fn vm_memory(daemon: &Daemon, pod: &str, container: &str) -> (u64, u64) {
+    let inspected = daemon.cli().args(["inspect", pod]).output();
+    let inspected = inspected.expect("podvisor runs").stdout;
+    let inspected: Value = serde_json::from_slice(&inspected).expect("JSON");
+    let given = inspected["vm"]["memory_bytes"].as_u64().expect("a number");
+    let total = daemon.exec(container, &["awk", "/MemTotal/ {print $2}", "/proc/meminfo"]);
+    (given, total.parse::<u64>().expect("a number") << 10)
+}
+
+#[test]
+fn a_vm_grows_with_its_containers() {
+    const MIB: u64 = 1 << 20;
+    let mut daemon = Daemon::start_with(&Options {
+        config: vec![
+            ("vm", "memory_mib = 192".into()),
+            ("vm", "max_memory_mib = 640".into()),
+        ],
+        ..Options::default()
+    });
+    daemon.crictl(&["pull", &busybox()]).ok();
+    let pod = daemon.pod("grows");
+    let id = daemon.run_pod(&pod);
+    let small = json!({"memory_limit_in_bytes": 64 * MIB});
+    let first = daemon.create_started(&id, &pod, &limited("first", small));
+    let (given, before) = vm_memory(&daemon, &id, &first);
+    assert_eq!(given, 192 * MIB);
+
+    // What both may use together, in blocks of 128 MiB beyond what the VM began with.
+    let use_it = "mkdir /full; mount -t tmpfs -o size=100% full /full;
+        dd if=/dev/zero of=/full/file bs=1M count=200 2>&1; echo used; sleep 1000";
+    let mut large = shell("large", &busybox(), use_it);
+    large["linux"] = json!({
+        "resources": {"memory_limit_in_bytes": 240 * MIB},
+        "security_context": {"capabilities": {"add_capabilities": ["SYS_ADMIN"]}},
+    });
+    let large = daemon.create_started(&id, &pod, &large);
+    logs::wait_for(&pod.log("large"), "used");
+    let (given, after) = vm_memory(&daemon, &id, &first);
+    assert_eq!(given, 320 * MIB);
+    assert_eq!(after - before, 128 * MIB);
+    let used = daemon.exec(&large, &["cat", "/sys/fs/cgroup/memory.current"]);
+    assert!(used.parse::<u64>().expect("a number") > 200 * MIB, "{used}");
+
+    // A new limit counts as well, after a restart of podvisord, too; and what is too much is refused.
+    daemon.kill();
+    daemon.restart();
+    let change = |container: &str, memory: u64| {
+        let linux = cri::LinuxContainerResources {
+            memory_limit_in_bytes: memory as i64,
+            ..Default::default()
+        };
+        update(&daemon, container, linux)
+    };
+    change(&first, 200 * MIB).expect("more memory");
+    assert_eq!(vm_memory(&daemon, &id, &first).0, 448 * MIB);
+    let error = change(&first, 500 * MIB).expect_err("more than the maximum");
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    assert!(error.message().contains("max_memory_mib"), "{error}");
+    let limit = group(&daemon, &first, &["memory.max"]);
+    assert_eq!(limit, [(200 * MIB).to_string()]);
+    let huge = json!({"memory_limit_in_bytes": 400 * MIB});
+    let huge = daemon.create(&id, &pod, &limited("huge", huge));
+    let error = daemon.cri().start_container(&huge).expect_err("too much");
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    // One that has ended needs nothing any more.
+    daemon.crictl(&["stop", "-t", "0", &large]).ok();
+    let started = daemon.cri().start_container(&huge);
+    started.expect("there is room now");
+    assert_eq!(vm_memory(&daemon, &id, &first).0, 704 * MIB);
+}
+
+#[test]
+fn a_resized_pod_has_a_vm_of_that_size() {
+    const MIB: i64 = 1 << 20;
+    let daemon = Daemon::start();
+    daemon.crictl(&["pull", &busybox()]).ok();
+    let linux = json!({"resources": {"memory_limit_in_bytes": 256 * MIB}});
+    let pod = daemon.pod("resized").with("linux", linux);
+    let id = daemon.run_pod(&pod);
+    let container = daemon.create_started(&id, &pod, &limited("c", json!({})));
+    let (_, before) = vm_memory(&daemon, &id, &container);
+    // As kubelets do: first the pod, then the container.
+    let resize = |memory: i64| {
+        let resources = cri::LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            ..Default::default()
+        };
+        let request = cri::UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: id.clone(),
+            overhead: None,
+            resources: Some(resources.clone()),
+        };
+        let cri = daemon.cri();
+        cri.call(async |mut c| c.update_pod_sandbox_resources(request).await)?;
+        update(&daemon, &container, resources)
+    };
+    resize(500 * MIB).expect("more memory");
+    let (given, after) = vm_memory(&daemon, &id, &container);
+    assert_eq!(given, 512 * MIB as u64);
+    assert_eq!(after - before, 256 * MIB as u64);
+    resize(256 * MIB).expect("less memory");
+    assert_eq!(vm_memory(&daemon, &id, &container), (given, after));
+}
+
 #[test]
 fn huge_pages_are_set_aside() {
     let daemon = Daemon::start();
@@ -433,9 +538,9 @@ fn a_pods_own_limits() {
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
     assert_eq!(memory(&on_host), (512 * MIB).to_string());
 
-    // A VM keeps its size.
+    // A VM keeps what it has.
     update(&in_vm, 128 * MIB, 0).expect("less memory");
-    let error = update(&in_vm, 512 * MIB, 0).expect_err("a VM does not grow");
+    let error = update(&in_vm, 1 << 50, 0).expect_err("more than the node has");
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
     assert!(error.message().contains("256 MiB"), "{error}");
 

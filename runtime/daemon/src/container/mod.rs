@@ -225,6 +225,7 @@ impl Daemon {
                 state.as_str_name()
             )));
         }
+        self.make_room(&container.pod, None).await?;
         let request = monitor::StartContainerRequest {
             id: container.record.id.clone(),
         };

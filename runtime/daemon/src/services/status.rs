@@ -218,6 +218,7 @@ pub fn pod_info(pod: &Pod) -> HashMap<String, String> {
                 "vmmPid": snapshot.vmm_pid,
                 "agentVersion": snapshot.agent_version,
                 "kernelRelease": snapshot.kernel_release,
+                "memoryBytes": snapshot.memory_bytes,
                 "guestMemoryTotalBytes": snapshot.guest_memory_total_bytes,
                 "guestMemoryAvailableBytes": snapshot.guest_memory_available_bytes,
             })

@@ -11,7 +11,7 @@ use podvisor_proto::agent::{
 use podvisor_proto::monitor::{
     ConfigureRequest, CreateContainerRequest, SandboxState, VmStatsResponse,
 };
-use podvisor_vmm::{FsHandle, SegmentMap, VmCounters};
+use podvisor_vmm::{FsHandle, SegmentMap, Vmm};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -102,8 +102,13 @@ impl Guest {
     }
 
     /// The VM runs: from now on its counters can be asked for.
-    pub fn set_counters(&self, backend: &'static str, counters: VmCounters) {
-        self.facts.set_running(backend, counters);
+    pub fn set_running(&self, vm: &dyn Vmm) {
+        self.facts.set_running(vm);
+    }
+
+    /// Bytes of memory that the VM has.
+    pub fn memory_bytes(&self) -> u64 {
+        self.facts.memory_bytes()
     }
 
     /// Counters of the VM. `None`: it never ran.
@@ -332,6 +337,21 @@ impl Guest {
             resources,
         };
         Ok(self.agent()?.update_container(request).await?)
+    }
+
+    /// Gives the guest memory until it has at least `bytes`. Returns what its kernel says it has then.
+    pub async fn grow(&self, bytes: u64) -> Result<u64, PodError> {
+        let agent = self.agent()?;
+        let ram = self.facts.ram();
+        let ram = ram.ok_or_else(|| PodError::State("the VM does not run".to_owned()))?;
+        let ranges = ram.grow(bytes)?.into_iter().map(|range| agent::MemoryRange {
+            start: range.start,
+            length: range.end - range.start,
+        });
+        let request = agent::AddMemoryRequest {
+            ranges: ranges.collect(),
+        };
+        Ok(agent.add_memory(request).await?.memory_total_bytes)
     }
 
     /// Takes a container out of the guest.

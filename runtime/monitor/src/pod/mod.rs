@@ -44,6 +44,7 @@ use podvisor_proto::agent::{Event, HelloResponse, event};
 use podvisor_proto::monitor::{
     ConfigureRequest, ContainerState, SandboxState, Snapshot, TimelineEntry,
 };
+use podvisor_vmm::GrowError;
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -95,6 +96,9 @@ pub enum PodError {
     /// Too many execs.
     #[error("{0} commands or clients are there already")]
     TooManyExecs(usize),
+    /// More memory.
+    #[error(transparent)]
+    Grow(#[from] GrowError),
     /// An OCI runtime.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -122,6 +126,7 @@ impl From<PodError> for Status {
             PodError::Invalid(_) | PodError::Layer(LayerError::TooMany(_)) => Code::InvalidArgument,
             PodError::Exists(_) => Code::AlreadyExists,
             PodError::State(_)
+            | PodError::Grow(GrowError::TooMuch { .. })
             | PodError::Layer(LayerError::NoFile(_))
             | PodError::BlockDevice(BlockDeviceError::NoFile(_)) => Code::FailedPrecondition,
             PodError::Deadline(_) | PodError::Agent(AgentError::Deadline { .. }) => {
@@ -130,6 +135,7 @@ impl From<PodError> for Status {
             PodError::Cancelled => Code::Cancelled,
             PodError::Host(error) => error.code(),
             PodError::TooManyExecs(_)
+            | PodError::Grow(GrowError::Host(_))
             | PodError::Layer(LayerError::Disk { .. })
             | PodError::BlockDevice(BlockDeviceError::Disk { .. }) => Code::ResourceExhausted,
             PodError::Agent(AgentError::Failed { code, .. }) => agent_code(*code),
@@ -147,6 +153,7 @@ fn agent_code(code: Code) -> Code {
         | Code::FailedPrecondition
         | Code::InvalidArgument
         | Code::AlreadyExists
+        | Code::ResourceExhausted
         | Code::Unavailable => code,
         _ => Code::Internal,
     }
@@ -164,6 +171,8 @@ pub struct Pod {
     session_slots: Arc<Semaphore>,
     /// Serialises Configure.
     configuring: tokio::sync::Mutex<()>,
+    /// Serialises Grow.
+    growing: tokio::sync::Mutex<()>,
     /// The VM is gone, or what the host had of the pod.
     gone: CancellationToken,
     shutting_down: CancellationToken,
@@ -176,6 +185,7 @@ impl Pod {
     /// descriptors that wait for the request that names them.
     pub fn in_vm(state: State, fds: FdTable, requested_ns: u64, vm: VmParts) -> Arc<Self> {
         let gone = CancellationToken::new();
+        state.update(|snapshot| snapshot.memory_bytes = vm.memory_bytes);
         let guest = Guest::new(vm, state.clone(), fds.clone(), gone.clone());
         Self::new(state, fds, requested_ns, Runner::Guest(guest), gone)
     }
@@ -203,6 +213,7 @@ impl Pod {
             exec_slots: Arc::new(Semaphore::new(MAX_EXECS)),
             session_slots: Arc::new(Semaphore::new(MAX_SESSIONS)),
             configuring: tokio::sync::Mutex::default(),
+            growing: tokio::sync::Mutex::default(),
             gone,
             shutting_down: CancellationToken::new(),
             finished: CancellationToken::new(),
@@ -261,6 +272,26 @@ impl Pod {
             }
         });
         info!("ready");
+        Ok(())
+    }
+
+    /// Gives the VM memory until it has at least `bytes`.
+    pub async fn grow(&self, bytes: u64) -> Result<(), PodError> {
+        let _one_at_a_time = self.growing.lock().await;
+        let Runner::Guest(guest) = self.ready_runner()? else {
+            let text = "the pod is one of the host's own: it has no VM";
+            return Err(PodError::State(text.to_owned()));
+        };
+        if self.state.snapshot().memory_bytes >= bytes {
+            return Ok(());
+        }
+        let total = guest.grow(bytes).await?;
+        let given = guest.memory_bytes();
+        self.state.update(|snapshot| {
+            snapshot.memory_bytes = given;
+            snapshot.guest_memory_total_bytes = total;
+        });
+        info!(bytes = given, "the VM has more memory");
         Ok(())
     }
 

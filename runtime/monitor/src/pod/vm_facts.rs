@@ -3,13 +3,19 @@
 use std::sync::OnceLock;
 
 use podvisor_proto::monitor::{AddressRange, Counter, DeviceStats, QueueStats, VmStatsResponse};
-use podvisor_vmm::VmCounters;
+use podvisor_vmm::{Ram, VmCounters, Vmm};
 
 /// The VM's size, and its counters once it runs.
 pub struct VmFacts {
     vcpus: u32,
     memory_bytes: u64,
-    running: OnceLock<(&'static str, VmCounters)>,
+    running: OnceLock<Running>,
+}
+
+struct Running {
+    backend: &'static str,
+    counters: VmCounters,
+    ram: Ram,
 }
 
 impl VmFacts {
@@ -22,16 +28,30 @@ impl VmFacts {
         }
     }
 
-    /// The VM runs, on this backend.
-    pub fn set_running(&self, backend: &'static str, counters: VmCounters) {
+    /// The VM runs.
+    pub fn set_running(&self, vm: &dyn Vmm) {
         // A monitor starts one VM in its life.
-        let _ = self.running.set((backend, counters));
+        let _ = self.running.set(Running {
+            backend: vm.backend(),
+            counters: vm.counters(),
+            ram: vm.ram(),
+        });
+    }
+
+    /// The VM's memory. `None`: it never ran.
+    pub fn ram(&self) -> Option<&Ram> {
+        self.running.get().map(|running| &running.ram)
+    }
+
+    /// Bytes of memory that the VM has.
+    pub fn memory_bytes(&self) -> u64 {
+        self.ram().map_or(self.memory_bytes, Ram::bytes)
     }
 
     /// Counters of this moment. `None`: the VM never ran.
     pub fn stats(&self) -> Option<VmStatsResponse> {
-        let (backend, counters) = self.running.get()?;
-        let stats = counters.read();
+        let running = self.running.get()?;
+        let stats = running.counters.read();
         let devices = stats.devices.into_iter().map(|device| DeviceStats {
             name: device.name.to_owned(),
             queues: device
@@ -47,9 +67,9 @@ impl VmFacts {
         });
         let guest_memory = stats.guest_memory.into_iter();
         Some(VmStatsResponse {
-            backend: (*backend).to_owned(),
+            backend: running.backend.to_owned(),
             vcpus: self.vcpus,
-            memory_bytes: self.memory_bytes,
+            memory_bytes: running.ram.bytes(),
             exits: to_counters(stats.exits),
             devices: devices.collect(),
             guest_memory: guest_memory

@@ -9,7 +9,7 @@ use std::thread;
 use tracing::{debug, error, warn};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT as _};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace as _, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -50,7 +50,7 @@ pub struct Attached {
 pub fn start(
     name: &str,
     devices: Vec<Attached>,
-    memory: GuestMemoryMmap,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
     stop: EventFd,
 ) -> io::Result<()> {
     let epoll = Epoll::new()?;
@@ -89,7 +89,7 @@ fn add(epoll: &Epoll, fd: RawFd, token: u64) -> io::Result<()> {
 struct Group {
     epoll: Epoll,
     devices: Vec<Attached>,
-    memory: GuestMemoryMmap,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
     /// Kept open while it is waited for.
     _stop: EventFd,
 }
@@ -190,7 +190,7 @@ impl Group {
         if device.broken {
             return;
         }
-        match device.served.process(&self.memory, event) {
+        match device.served.process(&self.memory.memory(), event) {
             Ok(0) => {}
             Ok(wanted) => {
                 if wanted & !CONFIG_CHANGED != 0 {

@@ -35,6 +35,8 @@ pub const HIGH_RAM_START: u64 = 0x10_0000;
 pub const DEVICES_START: u64 = 0xc000_0000;
 /// The rest of the RAM.
 pub const RAM_ABOVE_DEVICES: u64 = 1 << 32;
+/// What is between. QEMU's microvm machine has it at the same place.
+pub const DEVICES_BYTES: u64 = RAM_ABOVE_DEVICES - DEVICES_START;
 
 /// The first virtio-mmio device; the others follow.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;

@@ -4,14 +4,17 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd as _;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::sync::{Arc, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _, ReadVolatile,
-    VolatileMemoryError, VolatileSlice,
+    GuestAddress, GuestAddressSpace as _, GuestMemoryAtomic, GuestMemoryBackend as _,
+    GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap, ReadVolatile, VolatileMemoryError,
+    VolatileSlice,
 };
 
 use super::{KvmError, layout};
@@ -30,37 +33,72 @@ pub fn create(bytes: u64) -> Result<GuestMemoryMmap, KvmError> {
     let memory = GuestMemoryMmap::from_ranges(&ranges)
         .map_err(|error| KvmError::host("guest memory")(io::Error::other(error)))?;
     for region in memory.iter() {
-        for advice in [
-            // A core dump of ours holds nothing of the tenant's.
-            libc::MADV_DONTDUMP,
-            libc::MADV_DONTFORK,
-        ] {
-            // SAFETY: the range is the region's own mapping, and the advice changes no content.
-            let advised =
-                unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) };
-            if advised < 0 {
-                return Err(KvmError::host("guest memory")(io::Error::last_os_error()));
-            }
-        }
+        keep_to_ourselves(region).map_err(KvmError::host("guest memory"))?;
     }
     Ok(memory)
+}
+
+fn keep_to_ourselves(region: &GuestRegionMmap) -> io::Result<()> {
+    for advice in [
+        // A core dump of ours holds nothing of the tenant's.
+        libc::MADV_DONTDUMP,
+        libc::MADV_DONTFORK,
+    ] {
+        // SAFETY: the range is the region's own mapping, and the advice changes no content.
+        let advised =
+            unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) };
+        if advised < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Makes `memory` the VM's. The caller keeps `memory` as long as the VM has vCPUs that run.
 pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), KvmError> {
     for (slot, region) in memory.iter().enumerate() {
-        let region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-            flags: 0,
-        };
-        // SAFETY: the range is mapped as long as `memory` lives, and guest memory is nobody's Rust object.
-        unsafe { vm.set_user_memory_region(region) }
-            .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
+        set_slot(vm, slot, region).map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
     }
     Ok(())
+}
+
+/// Makes `region` what the VM has in `slot`, a number that no other has. The caller keeps it as with [`register`].
+fn set_slot(vm: &VmFd, slot: usize, region: &GuestRegionMmap) -> Result<(), kvm_ioctls::Error> {
+    let region = kvm_userspace_memory_region {
+        slot: slot as u32,
+        guest_phys_addr: region.start_addr().0,
+        memory_size: region.len(),
+        userspace_addr: region.as_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the range is mapped as long as the caller keeps the region, and guest memory is nobody's Rust object.
+    unsafe { vm.set_user_memory_region(region) }
+}
+
+/// Adds `range` to `memory`, which is the VM's: for the guest first, then for the devices. Returns where it is in this
+/// process.
+///
+/// # Errors
+/// The host has no room for it, or the VM has memory there. Nothing has changed.
+pub fn add(
+    vm: &VmFd,
+    memory: &GuestMemoryAtomic<GuestMemoryMmap>,
+    range: &Range<u64>,
+) -> io::Result<(u64, u64)> {
+    let length = (range.end - range.start) as usize;
+    let region = GuestRegionMmap::from_range(GuestAddress(range.start), length, None)
+        .map_err(io::Error::other)?;
+    keep_to_ourselves(&region)?;
+    let region = Arc::new(region);
+    // Maps are replaced as a whole: one that panicked has replaced none.
+    let exclusive = memory.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = memory.memory();
+    let after = before
+        .insert_region(Arc::clone(&region))
+        .map_err(io::Error::other)?;
+    set_slot(vm, before.num_regions(), &region)?;
+    exclusive.replace(after);
+    Ok((region.as_ptr() as u64, region.len()))
 }
 
 /// A file that is read into guest memory by mapping its pages, where both are aligned to pages, or else by copying.

@@ -18,7 +18,7 @@ mod bus;
 mod cpuid;
 mod device_thread;
 pub(crate) mod exits;
-mod layout;
+pub(crate) mod layout;
 mod memory;
 mod mptable;
 pub mod probe;
@@ -30,8 +30,8 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -39,7 +39,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use thiserror::Error;
 use tokio::sync::watch;
 use virtio_queue::{Queue, QueueT as _};
-use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _};
+use vm_memory::{
+    GuestAddress, GuestMemoryAtomic, GuestMemoryBackend as _, GuestMemoryMmap,
+    GuestMemoryRegion as _,
+};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::VirtioDevice;
@@ -49,6 +52,7 @@ use crate::devices::fs::FsDevice;
 use crate::devices::net::{NetDevice, Tap};
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::VsockDevice;
+use crate::ram::{Ram, RamSize};
 use crate::served::Served;
 use crate::vm::{BoxFuture, ExitReason, NetConfig, VmConfig, VmCounters, Vmm};
 use bus::Bus;
@@ -102,7 +106,8 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
     let kvm = Kvm::new().map_err(KvmError::call("opening /dev/kvm"))?;
     let max_vcpus = (kvm.get_max_vcpus() as u32).min(mptable::MAX_CPUS);
     config.check(max_vcpus).map_err(KvmError::Config)?;
-    let memory = memory::create(config.memory_bytes)?;
+    let ram_size = config.ram();
+    let memory = memory::create(ram_size.boot)?;
     let images = boot::load(&memory, config.kernel, config.initramfs)?;
     let vm = kvm.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
     memory::register(&vm, &memory)?;
@@ -144,6 +149,15 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
     let (control, ended) = Control::new(stop.try_clone().map_err(KvmError::host("eventfd"))?);
     let exits = Arc::new(ExitCounters::default());
     let (alive, all_ended) = tokio::sync::mpsc::channel(1);
+    let places: Vec<_> = memory
+        .iter()
+        .map(|region| (region.as_ptr() as u64, region.len()))
+        .collect();
+    let machine = Arc::new(Machine {
+        vm,
+        memory: GuestMemoryAtomic::new(memory),
+        places: Arc::new(Mutex::new(places)),
+    });
     let vm = KvmVm {
         control,
         ended,
@@ -151,19 +165,16 @@ pub fn start(config: VmConfig) -> Result<Box<dyn Vmm>, KvmError> {
         counters: VmCounters {
             exits: Some(Arc::clone(&exits)),
             devices: counters,
-            guest_memory: memory
-                .iter()
-                .map(|region| (region.as_ptr() as u64, region.len()))
-                .collect(),
+            guest_memory: Arc::clone(&machine.places),
         },
         _balloon: balloon_handle,
-        _vm: vm,
-        _memory: memory.clone(),
+        ram: machine.ram(ram_size),
+        machine,
     };
     // From here on, dropping `vm` ends the threads.
     for (name, group) in threads {
         let stop = stop.try_clone().map_err(KvmError::host("eventfd"))?;
-        device_thread::start(name, group, memory.clone(), stop)
+        device_thread::start(name, group, vm.machine.memory.clone(), stop)
             .map_err(KvmError::host("a device's thread"))?;
     }
     for (index, fd) in vcpus.into_iter().enumerate() {
@@ -327,8 +338,30 @@ struct KvmVm {
     counters: VmCounters,
     /// Kept: the device ends when its handle does.
     _balloon: BalloonHandle,
-    _vm: VmFd,
-    _memory: GuestMemoryMmap,
+    ram: Ram,
+    machine: Arc<Machine>,
+}
+
+/// What more memory is given to.
+struct Machine {
+    vm: VmFd,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    /// Where it is in this process.
+    places: Arc<Mutex<Vec<(u64, u64)>>>,
+}
+
+impl Machine {
+    /// Its memory, for who may keep it longer than the VM lives.
+    fn ram(self: &Arc<Self>, size: RamSize) -> Ram {
+        let machine = Arc::downgrade(self);
+        Ram::new(size, move |range| {
+            let machine = machine.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+            let place = memory::add(&machine.vm, &machine.memory, range)?;
+            let places = machine.places.lock();
+            places.unwrap_or_else(PoisonError::into_inner).push(place);
+            Ok(())
+        })
+    }
 }
 
 impl Vmm for KvmVm {
@@ -368,6 +401,15 @@ impl Vmm for KvmVm {
 
     fn counters(&self) -> VmCounters {
         self.counters.clone()
+    }
+
+    fn ram(&self) -> Ram {
+        self.ram.clone()
+    }
+
+    /// The kernel gives what it booted from back itself, through the balloon.
+    fn booted(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 //! QEMU opens no path of ours: everything is a file descriptor that it inherits, under the number it has in this
 //! process.
 
+use std::fmt::Write as _;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use super::Accel;
@@ -37,12 +38,18 @@ impl Arguments {
     }
 }
 
-/// The command line for `config`, which is valid.
-pub(super) fn arguments(config: &VmConfig, accel: Accel, sockets: &Sockets) -> Arguments {
+/// The command line for `config`, which is valid, with guest memory in the file `memory`.
+pub(super) fn arguments(
+    config: &VmConfig,
+    accel: Accel,
+    sockets: &Sockets,
+    memory: BorrowedFd<'_>,
+) -> Arguments {
     use std::os::fd::AsFd as _;
 
     let mut args = Arguments::default();
-    let mebibytes = config.memory_bytes >> 20;
+    let ram = config.ram();
+    let mebibytes = ram.reserved() >> 20;
     args.add(["-name", &format!("podvisor-{}", config.id)]);
     args.add([
         "-nodefaults",
@@ -81,9 +88,12 @@ pub(super) fn arguments(config: &VmConfig, accel: Accel, sockets: &Sockets) -> A
         &format!("{mebibytes}M"),
     ]);
     // Shared, so that our devices map it.
+    let memory = args.pass(memory);
     args.add([
         "-object",
-        &format!("memory-backend-memfd,id=memory,size={mebibytes}M,share=on"),
+        &format!(
+            "memory-backend-file,id=memory,size={mebibytes}M,share=on,mem-path=/proc/self/fd/{memory}"
+        ),
     ]);
     // The devices take virtio-mmio slots; the guest learns of them from its command line.
     args.add(["-global", "virtio-mmio.force-legacy=false"]);
@@ -97,7 +107,12 @@ pub(super) fn arguments(config: &VmConfig, accel: Accel, sockets: &Sockets) -> A
         &format!("/proc/self/fd/{initramfs}"),
     ]);
     // Without ACPI or a keyboard controller, only a triple fault resets.
-    args.add(["-append", &format!("reboot=t {}", config.cmdline)]);
+    let mut cmdline = format!("reboot=t {}", config.cmdline);
+    if ram.reserved() > ram.boot {
+        // The kernel is not to find what it has not been given.
+        let _ = write!(cmdline, " mem={}", ram.boot_end());
+    }
+    args.add(["-append", &cmdline]);
 
     let control = args.pass(sockets.control.as_fd());
     args.add([

@@ -12,17 +12,22 @@ mod process;
 mod qmp;
 mod tsc;
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::Arc;
 
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
 use tracing::debug;
 
 use crate::device::VirtioDevice;
 use crate::devices::disk::SegmentDisk;
+use crate::ram::{Ram, RamSize};
 use crate::served::DeviceCounters;
 use crate::vhost_user;
 use crate::vm::{BoxFuture, ExitReason, VmConfig, VmCounters, Vmm};
@@ -119,7 +124,9 @@ pub async fn start(config: VmConfig, qemu: QemuConfig) -> Result<Box<dyn Vmm>, Q
         vsock: qemu_vsock.into(),
         fs: qemu_fs.into(),
     };
-    let arguments = command::arguments(&config, qemu.accel, &sockets);
+    let ram = config.ram();
+    let memory = memory(ram.reserved()).map_err(QemuError::host("guest memory"))?;
+    let arguments = command::arguments(&config, qemu.accel, &sockets, memory.as_fd());
     debug!(arguments = arguments.arguments.join(" "), "starting QEMU");
     let mut process =
         Process::spawn(&qemu.binary, &arguments).map_err(|source| QemuError::Spawn {
@@ -142,6 +149,10 @@ pub async fn start(config: VmConfig, qemu: QemuConfig) -> Result<Box<dyn Vmm>, Q
             qmp,
             killed: false,
             counters,
+            // QEMU has all of it mapped from the beginning: only the guest's kernel has to be told.
+            ram: Ram::new(ram, |_| Ok(())),
+            memory,
+            ram_size: ram,
         })),
         Err(error) => {
             // Either QEMU has ended, which says more than the broken socket, or it is stuck.
@@ -165,6 +176,13 @@ fn serve(
     socket: UnixStream,
 ) -> Result<Arc<DeviceCounters>, QemuError> {
     vhost_user::serve(name, device, socket).map_err(QemuError::host(name))
+}
+
+/// A file for guest memory: none is there before the guest touches it.
+fn memory(bytes: u64) -> io::Result<File> {
+    let file = File::from(memfd_create(c"guest-memory", MFdFlags::MFD_CLOEXEC)?);
+    file.set_len(bytes)?;
+    Ok(file)
 }
 
 fn check(config: &VmConfig) -> Result<(), QemuError> {
@@ -193,6 +211,10 @@ struct Qemu {
     qmp: Qmp,
     killed: bool,
     counters: Vec<Arc<DeviceCounters>>,
+    ram: Ram,
+    /// Guest RAM.
+    memory: File,
+    ram_size: RamSize,
 }
 
 impl Vmm for Qemu {
@@ -243,5 +265,22 @@ impl Vmm for Qemu {
             devices: self.counters.clone(),
             ..VmCounters::default()
         }
+    }
+
+    fn ram(&self) -> Ram {
+        self.ram.clone()
+    }
+
+    /// QEMU puts the initramfs at the end of the RAM below 4 GiB, where the guest may have none yet: then the kernel has
+    /// moved it.
+    fn booted(&mut self) -> io::Result<()> {
+        let RamSize { boot, .. } = self.ram_size;
+        let beyond = self.ram_size.reserved() - boot;
+        if beyond == 0 {
+            return Ok(());
+        }
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let (start, length) = (boot as libc::off_t, beyond as libc::off_t);
+        Ok(fallocate(&self.memory, hole, start, length)?)
     }
 }

@@ -133,6 +133,23 @@ impl Guest {
         answer.trim_end().to_owned()
     }
 
+    /// Lets the VM have at least `bytes` of memory, and the kernel take them.
+    pub async fn grow(&mut self, bytes: u64) {
+        /// Of a guest as small as these.
+        const BLOCK_BYTES: usize = 128 << 20;
+        for range in self.vmm.ram().grow(bytes).unwrap() {
+            for address in range.step_by(BLOCK_BYTES) {
+                let answer = self.command(&format!("memory {address:#x}")).await;
+                assert_eq!(answer, "ok", "{address:#x}");
+            }
+        }
+    }
+
+    /// Bytes of memory that the kernel has.
+    pub async fn total_memory(&mut self) -> u64 {
+        self.command("total").await.parse().unwrap()
+    }
+
     /// Sends a command.
     pub async fn tell(&mut self, command: &str) {
         self.control
@@ -178,6 +195,7 @@ fn config_for(backend: &Backend, kernel: &Path) -> (VmConfig, VsockHandle, std::
         id: "test".into(),
         vcpus: 1,
         memory_bytes: 128 << 20,
+        max_memory_bytes: 0,
         kernel: File::open(kernel).unwrap().into(),
         initramfs: initramfs(),
         cmdline: format!(

@@ -11,6 +11,8 @@
 //   stream PORT MEBIBYTES       ok, when so much has been sent to the host's port, and taken | errno
 //   send PORT MEBIBYTES         the same by TCP, from 10.99.0.2 to 10.99.0.1 | errno
 //   touch BYTES                 ok, when as much memory has been written and freed again
+//   memory ADDRESS              ok, when the kernel has taken the block of memory there | errno
+//   total                       bytes of memory that the kernel has
 //   volume TAG KIBIBYTES        ok, when that virtio-fs is mounted at /TAG, reading ahead so much (0: as it is) | errno
 //   fill PATH MEBIBYTES         microseconds, for writing a new file, by mebibytes | errno
 //   drain PATH MEBIBYTES        the same for reading it
@@ -40,6 +42,7 @@
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysinfo.h>
 #include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
@@ -326,6 +329,18 @@ static int touch(long long bytes) {
     return munmap(memory, bytes);
 }
 
+static int add_memory(const char *address) {
+    int fd = open("/sys/devices/system/memory/probe", O_WRONLY | O_CLOEXEC);
+    int result = dprintf(fd, "%s", address);
+    close(fd);
+    return result;
+}
+
+static long long total_memory(void) {
+    struct sysinfo info;
+    return sysinfo(&info) < 0 ? -1 : (long long)info.totalram * info.mem_unit;
+}
+
 static void answer_number(int control, long long number) {
     if (number < 0)
         dprintf(control, "%s\n", strerrorname_np(errno));
@@ -380,6 +395,10 @@ int main(void) {
             answer(control, send_mebibytes(connect_tcp(port), number));
         else if (sscanf(line, "touch %lld", &length) == 1)
             answer(control, touch(length));
+        else if (sscanf(line, "memory %15s", name) == 1)
+            answer(control, add_memory(name));
+        else if (strcmp(line, "total\n") == 0)
+            answer_number(control, total_memory());
         else if (strcmp(line, "cpus\n") == 0)
             dprintf(control, "%ld\n", sysconf(_SC_NPROCESSORS_ONLN));
         else if (sscanf(line, "dial %u", &port) == 1) {

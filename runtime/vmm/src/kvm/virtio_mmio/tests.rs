@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use virtio_queue::{Queue, QueueT as _};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
@@ -113,7 +113,8 @@ impl Rig {
             broken: false,
         };
         let ends = stop.try_clone().unwrap();
-        device_thread::start("echo", vec![attached], memory.clone(), ends).unwrap();
+        let shared = GuestMemoryAtomic::new(memory.clone());
+        device_thread::start("echo", vec![attached], shared, ends).unwrap();
         Self {
             registers,
             kicks: kicks.into(),
