@@ -96,7 +96,12 @@ fn blocks(ranges: &[MemoryRange], block: u64) -> Result<Vec<u64>, MemoryError> {
 }
 
 fn open(sysfs: BorrowedFd<'_>, path: &str, flags: OFlag) -> io::Result<File> {
-    let file = openat(sysfs, Path::new(path), flags | OFlag::O_CLOEXEC, Mode::empty())?;
+    let file = openat(
+        sysfs,
+        Path::new(path),
+        flags | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )?;
     Ok(file.into())
 }
 

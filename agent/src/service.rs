@@ -5,21 +5,21 @@ use futures_util::StreamExt;
 use nix::time::{ClockId, clock_gettime};
 use podvisor_proto::agent::agent_server::Agent;
 use podvisor_proto::agent::{
-    AddMemoryRequest, AddMemoryResponse, ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureSandboxRequest,
-    ConfigureSandboxResponse, CreateContainerRequest, CreateContainerResponse, Event,
-    EventsRequest, ExecRequest, ExecResponse, HelloRequest, HelloResponse, PortForwardRequest,
-    PortForwardResponse, RemoveContainerRequest, RemoveContainerResponse, ResizeRequest,
-    ResizeResponse, SampleRequest, SampleResponse, ShutdownRequest, ShutdownResponse,
-    SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse,
-    UpdateContainerRequest, UpdateContainerResponse,
+    AddMemoryRequest, AddMemoryResponse, ConfigureNetworkRequest, ConfigureNetworkResponse,
+    ConfigureSandboxRequest, ConfigureSandboxResponse, CreateContainerRequest,
+    CreateContainerResponse, Event, EventsRequest, ExecRequest, ExecResponse, HelloRequest,
+    HelloResponse, PortForwardRequest, PortForwardResponse, RemoveContainerRequest,
+    RemoveContainerResponse, ResizeRequest, ResizeResponse, SampleRequest, SampleResponse,
+    ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse, StartContainerRequest,
+    StartContainerResponse, UpdateContainerRequest, UpdateContainerResponse,
 };
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
 
 use crate::container::{ContainerError, Pod};
 use crate::disk::DiskError;
-use crate::image_volume::ImageVolumeError;
 use crate::guest;
+use crate::image_volume::ImageVolumeError;
 use crate::kmsg;
 use crate::launcher::{FailureKind, LaunchError};
 use crate::memory::{self, MemoryError};

@@ -14,6 +14,9 @@ use crate::handlers::{self, Reason};
 /// Where the configuration is read from when no `--config` is given.
 pub const DEFAULT_PATH: &str = "/etc/podvisor/config.toml";
 
+/// More than any node has, MiB.
+const MAX_MEMORY_MIB: u64 = 16 << 20;
+
 /// The shipped default, with every key explained.
 pub const SHIPPED: &str = include_str!("../config.toml");
 
@@ -363,6 +366,9 @@ impl Config {
         if self.vm.memory_mib < self.vm.min_memory_mib {
             return refuse("vm.memory_mib", "less than vm.min_memory_mib");
         }
+        if self.vm.max_memory_mib > MAX_MEMORY_MIB {
+            return refuse("vm.max_memory_mib", "more than 16 TiB");
+        }
         if self.vm.scratch_mib < 16 {
             return refuse("vm.scratch_mib", "less than 16 MiB holds no file system");
         }
@@ -484,6 +490,7 @@ mod tests {
             ("default_handler = \"x\"\n", "default_handler"),
             ("[handlers.podvisor]\nruntime = \"x\"\n", "handlers"),
             ("[vm]\nmemory_mib = 8\n", "vm.memory_mib"),
+            ("[vm]\nmax_memory_mib = 100000000\n", "vm.max_memory_mib"),
             ("[image]\nparallel_layers = 0\n", "image.parallel_layers"),
             ("[cgroup]\nparent = \"x\"\n", "cgroup.parent"),
             (

@@ -131,9 +131,7 @@ impl Daemon {
                 continue;
             }
             let limit = match changed {
-                Some((id, new)) if id == container.record.id => {
-                    vm_size::memory_bytes(Some(new))
-                }
+                Some((id, new)) if id == container.record.id => vm_size::memory_bytes(Some(new)),
                 _ => vm_size::memory_bytes(Some(&container.limits())),
             };
             limits = limits.saturating_add(limit);

@@ -103,9 +103,9 @@ pub fn memory_with_containers(
     }
     let linux = config.linux.as_ref();
     let overhead = linux.map_or(0, |linux| memory_bytes(linux.overhead.as_ref()));
-    let needed = containers.saturating_add(overhead).min(node);
     let huge = size.huge_pages.saturating_mul(HUGE_PAGE.1);
-    Ok(size.memory_bytes.max(needed.saturating_add(huge)))
+    let needed = containers.saturating_add(overhead).saturating_add(huge);
+    Ok(size.memory_bytes.max(needed.min(node)))
 }
 
 /// Bytes that a VM may grow to on a node that has `node` bytes.

@@ -13,11 +13,11 @@ use futures_util::stream::{FusedStream, Stream};
 use hyper_util::rt::TokioIo;
 use podvisor_proto::agent::agent_client::AgentClient;
 use podvisor_proto::agent::{
-    AddMemoryRequest, AddMemoryResponse, ConfigureNetworkRequest, ConfigureSandboxRequest, CreateContainerRequest,
-    CreateContainerResponse, Event, EventsRequest, ExecRequest, HelloRequest, HelloResponse,
-    PortForwardRequest, RemoveContainerRequest, RemoveContainerResponse, ResizeRequest,
-    SampleRequest, SampleResponse, ShutdownRequest, SignalRequest, StartContainerRequest,
-    StartContainerResponse, UpdateContainerRequest,
+    AddMemoryRequest, AddMemoryResponse, ConfigureNetworkRequest, ConfigureSandboxRequest,
+    CreateContainerRequest, CreateContainerResponse, Event, EventsRequest, ExecRequest,
+    HelloRequest, HelloResponse, PortForwardRequest, RemoveContainerRequest,
+    RemoveContainerResponse, ResizeRequest, SampleRequest, SampleResponse, ShutdownRequest,
+    SignalRequest, StartContainerRequest, StartContainerResponse, UpdateContainerRequest,
 };
 use thiserror::Error;
 use tokio::net::UnixStream;

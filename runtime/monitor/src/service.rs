@@ -10,9 +10,9 @@ use podvisor_proto::monitor::monitor_server::Monitor;
 use podvisor_proto::monitor::{
     AttachRequest, AttachResponse, ConfigureRequest, ConfigureResponse, ConsoleChunk,
     ConsoleRequest, CreateContainerRequest, CreateContainerResponse, ExecRequest, ExecResponse,
-    ExecSyncRequest, ExecSyncResponse, GrowRequest, GrowResponse, PortForwardRequest, PortForwardResponse,
-    RemoveContainerRequest, RemoveContainerResponse, ReopenLogRequest, ReopenLogResponse,
-    ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse, Snapshot,
+    ExecSyncRequest, ExecSyncResponse, GrowRequest, GrowResponse, PortForwardRequest,
+    PortForwardResponse, RemoveContainerRequest, RemoveContainerResponse, ReopenLogRequest,
+    ReopenLogResponse, ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse, Snapshot,
     StartContainerRequest, StartContainerResponse, StopContainerRequest, StopContainerResponse,
     UpdateContainerRequest, UpdateContainerResponse, VmStatsRequest, VmStatsResponse, WatchRequest,
 };

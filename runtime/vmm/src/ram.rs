@@ -74,7 +74,7 @@ impl RamSize {
 /// End, in the guest's address space, of the first `bytes` of RAM.
 fn address(bytes: u64) -> u64 {
     if bytes > layout::DEVICES_START {
-        bytes + layout::DEVICES_BYTES
+        bytes.saturating_add(layout::DEVICES_BYTES)
     } else {
         bytes
     }
@@ -85,7 +85,10 @@ fn addresses(ram: &Range<u64>) -> Vec<Range<u64>> {
     let low = ram.start..ram.end.min(layout::DEVICES_START);
     let high = ram.start.max(layout::DEVICES_START)..ram.end;
     let high = high.start + layout::DEVICES_BYTES..high.end + layout::DEVICES_BYTES;
-    [low, high].into_iter().filter(|part| !part.is_empty()).collect()
+    [low, high]
+        .into_iter()
+        .filter(|part| !part.is_empty())
+        .collect()
 }
 
 /// Why a VM did not get more memory.

@@ -30,7 +30,10 @@ async fn a_vm_is_given_memory_while_it_runs() {
     };
     guest.vmm.booted().unwrap();
     let before = guest.total_memory().await;
-    assert!(before < 128 << 20, "{before}: the guest sees what it has not been given");
+    assert!(
+        before < 128 << 20,
+        "{before}: the guest sees what it has not been given"
+    );
     let error = guest.vmm.ram().grow(513 << 20).unwrap_err();
     assert!(matches!(error, GrowError::TooMuch { .. }), "{error}");
 
@@ -42,12 +45,9 @@ async fn a_vm_is_given_memory_while_it_runs() {
 
     // Devices reach it: most of what is read lies there.
     let content = pattern(200 << 20);
-    let disk = guest.disk.insert(
-        file_of(&content),
-        0,
-        content.len() as u64,
-        Access::ReadOnly,
-    );
+    let disk = guest
+        .disk
+        .insert(file_of(&content), 0, content.len() as u64, Access::ReadOnly);
     assert_eq!(guest.command(&partition(1, disk.unwrap())).await, "ok");
     assert!(guest.read(1, 0, content.len()).await == content);
 }

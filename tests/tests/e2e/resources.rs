@@ -250,7 +250,10 @@ fn vm_memory(daemon: &Daemon, pod: &str, container: &str) -> (u64, u64) {
     let inspected = inspected.expect("podvisor runs").stdout;
     let inspected: Value = serde_json::from_slice(&inspected).expect("JSON");
     let given = inspected["vm"]["memory_bytes"].as_u64().expect("a number");
-    let total = daemon.exec(container, &["awk", "/MemTotal/ {print $2}", "/proc/meminfo"]);
+    let total = daemon.exec(
+        container,
+        &["awk", "/MemTotal/ {print $2}", "/proc/meminfo"],
+    );
     (given, total.parse::<u64>().expect("a number") << 10)
 }
 

@@ -307,10 +307,7 @@ impl Daemon {
                 vm: Some(monitor::VmSpec {
                     vcpus: size.vcpus,
                     memory_bytes: size.memory_bytes,
-                    max_memory_bytes: vm_size::max_memory(
-                        &self.config.vm,
-                        vm_size::node_memory(),
-                    ),
+                    max_memory_bytes: vm_size::max_memory(&self.config.vm, vm_size::node_memory()),
                     cmdline: self.config.vm.kernel_args.clone(),
                     mac: START_MAC.into(),
                     backend: self.vmm.backend.into(),

@@ -344,10 +344,13 @@ impl Guest {
         let agent = self.agent()?;
         let ram = self.facts.ram();
         let ram = ram.ok_or_else(|| PodError::State("the VM does not run".to_owned()))?;
-        let ranges = ram.grow(bytes)?.into_iter().map(|range| agent::MemoryRange {
-            start: range.start,
-            length: range.end - range.start,
-        });
+        let ranges = ram
+            .grow(bytes)?
+            .into_iter()
+            .map(|range| agent::MemoryRange {
+                start: range.start,
+                length: range.end - range.start,
+            });
         let request = agent::AddMemoryRequest {
             ranges: ranges.collect(),
         };
