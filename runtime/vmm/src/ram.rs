@@ -183,11 +183,20 @@ mod tests {
     const MIB: u64 = 1 << 20;
     const GIB: u64 = 1 << 30;
 
-    fn ram(boot: u64, max: u64) -> (Ram, Arc<Mutex<Vec<Range<u64>>>>) {
-        let granted: Arc<Mutex<Vec<_>>> = Arc::default();
+    /// What a VM has been given when it was to have at least `bytes`.
+    fn grown(ram: &Ram, bytes: u64) -> Vec<(u64, u64)> {
+        let ranges = ram.grow(bytes).unwrap().into_iter();
+        ranges.map(|range| (range.start, range.end)).collect()
+    }
+
+    /// Begins and ends of what has been granted.
+    type Granted = Arc<Mutex<Vec<(u64, u64)>>>;
+
+    fn ram(boot: u64, max: u64) -> (Ram, Granted) {
+        let granted = Granted::default();
         let seen = Arc::clone(&granted);
         let grant = move |range: &Range<u64>| {
-            seen.lock().unwrap().push(range.clone());
+            seen.lock().unwrap().push((range.start, range.end));
             Ok(())
         };
         (Ram::new(RamSize { boot, max }, grant), granted)
@@ -197,15 +206,15 @@ mod tests {
     fn what_is_added_begins_at_a_block() {
         let (ram, granted) = ram(500 * MIB, 2 * GIB);
         assert_eq!(ram.bytes(), 500 * MIB);
-        let all = ram.grow(501 * MIB).unwrap();
-        assert_eq!(all, [512 * MIB..640 * MIB]);
+        let all = grown(&ram, 501 * MIB);
+        assert_eq!(all, [(512 * MIB, 640 * MIB)]);
         assert_eq!(ram.bytes(), 628 * MIB);
         // Enough is there.
-        assert_eq!(ram.grow(600 * MIB).unwrap(), all);
-        assert_eq!(ram.grow(0).unwrap(), all);
-        assert_eq!(ram.grow(700 * MIB).unwrap(), [512 * MIB..768 * MIB]);
+        assert_eq!(grown(&ram, 600 * MIB), all);
+        assert_eq!(grown(&ram, 0), all);
+        assert_eq!(grown(&ram, 700 * MIB), [(512 * MIB, 768 * MIB)]);
         let granted = granted.lock().unwrap();
-        assert_eq!(*granted, [512 * MIB..640 * MIB, 640 * MIB..768 * MIB]);
+        assert_eq!(*granted, [(512 * MIB, 640 * MIB), (640 * MIB, 768 * MIB)]);
     }
 
     #[test]
@@ -218,7 +227,7 @@ mod tests {
         assert_eq!(granted.lock().unwrap().len(), 1);
         // It is as large as it may get to, or larger.
         let (fixed, granted) = ram(GIB, 0);
-        assert_eq!(fixed.grow(GIB).unwrap(), []);
+        assert_eq!(grown(&fixed, GIB), []);
         assert!(fixed.grow(GIB + 1).is_err());
         assert!(granted.lock().unwrap().is_empty());
     }
@@ -226,14 +235,17 @@ mod tests {
     #[test]
     fn devices_are_between() {
         let (large, granted) = ram(3 * GIB - 128 * MIB, 8 * GIB);
-        let all = large.grow(3 * GIB + MIB).unwrap();
-        let parts = [3 * GIB - 128 * MIB..3 * GIB, 4 * GIB..4 * GIB + 128 * MIB];
+        let all = grown(&large, 3 * GIB + MIB);
+        let parts = [
+            (3 * GIB - 128 * MIB, 3 * GIB),
+            (4 * GIB, 4 * GIB + 128 * MIB),
+        ];
         assert_eq!(all, parts);
         assert_eq!(*granted.lock().unwrap(), parts);
         // One that begins above.
         let (larger, _) = ram(3 * GIB + MIB, 8 * GIB);
-        let all = larger.grow(4 * GIB).unwrap();
-        assert_eq!(all, [4 * GIB + 128 * MIB..5 * GIB + 128 * MIB]);
+        let all = grown(&larger, 4 * GIB);
+        assert_eq!(all, [(4 * GIB + 128 * MIB, 5 * GIB + 128 * MIB)]);
     }
 
     #[test]
@@ -244,7 +256,7 @@ mod tests {
         };
         assert_eq!(size.reserved(), 67 * GIB);
         let (huge, _) = ram(size.boot, size.max);
-        assert_eq!(huge.grow(65 * GIB).unwrap(), [66 * GIB..68 * GIB]);
+        assert_eq!(grown(&huge, 65 * GIB), [(66 * GIB, 68 * GIB)]);
     }
 
     #[test]
@@ -264,17 +276,15 @@ mod tests {
         };
         let ram = Ram::new(size, move |_| {
             let mut left = refusals.lock().unwrap();
-            match *left {
-                0 => Ok(()),
-                _ => {
-                    *left -= 1;
-                    Err(io::ErrorKind::OutOfMemory.into())
-                }
+            if *left == 0 {
+                return Ok(());
             }
+            *left -= 1;
+            Err(io::ErrorKind::OutOfMemory.into())
         });
         assert!(matches!(ram.grow(2 * GIB), Err(GrowError::Host(_))));
         assert_eq!(ram.bytes(), GIB);
-        assert_eq!(ram.grow(2 * GIB).unwrap(), [GIB..2 * GIB]);
+        assert_eq!(grown(&ram, 2 * GIB), [(GIB, 2 * GIB)]);
         assert_eq!(ram.bytes(), 2 * GIB);
     }
 }
