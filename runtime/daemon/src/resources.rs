@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use podvisor_proto::{cri, monitor};
-use tonic::Code;
 use tracing::warn;
 
 use crate::cgroup::{CgroupError, PodCgroup};
@@ -140,8 +139,13 @@ impl Daemon {
         if record.updated.is_some() {
             config.linux = record.updated;
         }
-        let (node, defaults) = (vm_size::node_memory(), &self.config.vm);
-        let needed = vm_size::memory_with_containers(&config, limits, node, defaults)?;
+        let defaults = &self.config.vm;
+        // A limit is no wish for as much: where nobody has set a maximum, a VM has what it can.
+        let bound = match defaults.max_memory_mib {
+            0 => pod.snapshot().max_memory_bytes,
+            _ => vm_size::node_memory(),
+        };
+        let needed = vm_size::memory_with_containers(&config, limits, bound, defaults)?;
         self.grow(pod, needed).await
     }
 
@@ -150,7 +154,10 @@ impl Daemon {
     /// # Errors
     /// FAILED_PRECONDITION: it cannot have as much.
     async fn grow(&self, pod: &Arc<Pod>, bytes: u64) -> Result<()> {
-        let has = pod.snapshot().memory_bytes;
+        let (has, max) = {
+            let snapshot = pod.snapshot();
+            (snapshot.memory_bytes, snapshot.max_memory_bytes)
+        };
         if has >= bytes {
             return Ok(());
         }
@@ -159,26 +166,22 @@ impl Daemon {
             warn!(sandbox = pod.id, "its monitor cannot give a VM memory");
             return Ok(());
         }
+        if bytes > max {
+            return Err(Error::Precondition(format!(
+                "sandbox {} has a VM of {} MiB, would need one of {} MiB, and can get to {} MiB (vm.max_memory_mib in the configuration)",
+                pod.id,
+                has >> 20,
+                bytes.div_ceil(1 << 20),
+                max >> 20,
+            )));
+        }
         let request = monitor::GrowRequest {
             memory_bytes: bytes,
         };
         let mut client = pod.ready_monitor()?.client();
-        match within(CALL, "Grow", client.grow(request)).await {
-            Ok(grown) => {
-                self.pods.apply(pod, grown.snapshot);
-                Ok(())
-            }
-            Err(Error::Monitor(status)) if status.code() == Code::FailedPrecondition => {
-                Err(Error::Precondition(format!(
-                    "sandbox {} has a VM of {} MiB and would need one of {}: {} (vm.max_memory_mib in the configuration)",
-                    pod.id,
-                    has >> 20,
-                    bytes.div_ceil(1 << 20),
-                    status.message()
-                )))
-            }
-            Err(error) => Err(error),
-        }
+        let grown = within(CALL, "Grow", client.grow(request)).await?;
+        self.pods.apply(pod, grown.snapshot);
+        Ok(())
     }
 
     /// Sets limits of the pod's own group. A VM's memory is as much as it was made with.

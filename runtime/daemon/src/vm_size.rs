@@ -1,6 +1,7 @@
 //! How large a pod's VM is.
 
 use podvisor_proto::cri;
+use podvisor_proto::monitor::Backend;
 
 use crate::config;
 use crate::error::{Error, Result};
@@ -86,15 +87,15 @@ pub fn of(config: &cri::PodSandboxConfig, defaults: &config::Vm) -> Result<VmSiz
     })
 }
 
-/// Bytes that a VM for this pod has to have when its containers may use `containers` bytes together, of which it has no
-/// use for more than `node` bytes: what the node has.
+/// Bytes that a VM for this pod has to have when its containers may use `containers` bytes together, of which no more than
+/// `bound` counts.
 ///
 /// # Errors
 /// As with [`of`].
 pub fn memory_with_containers(
     config: &cri::PodSandboxConfig,
     containers: u64,
-    node: u64,
+    bound: u64,
     defaults: &config::Vm,
 ) -> Result<u64> {
     let size = of(config, defaults)?;
@@ -105,14 +106,19 @@ pub fn memory_with_containers(
     let overhead = linux.map_or(0, |linux| memory_bytes(linux.overhead.as_ref()));
     let huge = size.huge_pages.saturating_mul(HUGE_PAGE.1);
     let needed = containers.saturating_add(overhead).saturating_add(huge);
-    Ok(size.memory_bytes.max(needed.min(node)))
+    Ok(size.memory_bytes.max(needed.min(bound)))
 }
 
-/// Bytes that a VM may grow to on a node that has `node` bytes.
-pub fn max_memory(defaults: &config::Vm, node: u64) -> u64 {
-    match defaults.max_memory_mib {
-        0 => node,
-        mib => mib.saturating_mul(MIB),
+/// How much a VM in QEMU may grow where nothing is configured: QEMU keeps three bits for each page that there may be
+/// (`ram_list.dirty_memory`), which is 0.3 MiB for this.
+const QEMU_GROWTH: u64 = 3 << 30;
+
+/// Bytes that a VM which begins with `boot` bytes may grow to, on a node that has `node` bytes.
+pub fn max_memory(defaults: &config::Vm, backend: Backend, boot: u64, node: u64) -> u64 {
+    match (defaults.max_memory_mib, backend) {
+        (0, Backend::Kvm) => node,
+        (0, Backend::Qemu) => node.min(boot.saturating_add(QEMU_GROWTH)),
+        (mib, _) => mib.saturating_mul(MIB),
     }
 }
 
@@ -158,6 +164,8 @@ fn cpus(resources: &cri::LinuxContainerResources) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const GIB: u64 = 1 << 30;
 
     fn pod(memory: i64, quota: i64, overhead: i64) -> cri::PodSandboxConfig {
         cri::PodSandboxConfig {
@@ -211,7 +219,7 @@ mod tests {
         assert_eq!(need(&unnamed, 0), 512 * MIB);
         assert_eq!(need(&unnamed, 300 * MIB), 512 * MIB);
         assert_eq!(need(&unnamed, 600 * MIB), 600 * MIB);
-        // More than the node has is no use.
+        // More than the bound does not count.
         assert_eq!(need(&unnamed, 1 << 40), 4 << 30);
         assert_eq!(need(&unnamed, u64::MAX), 4 << 30);
         // Overhead comes with the containers' sum, too.
@@ -229,9 +237,13 @@ mod tests {
     #[test]
     fn a_vm_may_get_as_large_as_configured() {
         let mut defaults = config::Vm::default();
-        assert_eq!(max_memory(&defaults, 4 << 30), 4 << 30);
+        let max = |defaults: &_, backend| max_memory(defaults, backend, GIB, 8 * GIB);
+        assert_eq!(max(&defaults, Backend::Kvm), 8 * GIB);
+        assert_eq!(max(&defaults, Backend::Qemu), 4 * GIB);
+        assert_eq!(max_memory(&defaults, Backend::Qemu, GIB, 2 * GIB), 2 * GIB);
         defaults.max_memory_mib = 768;
-        assert_eq!(max_memory(&defaults, 4 << 30), 768 * MIB);
+        assert_eq!(max(&defaults, Backend::Kvm), 768 * MIB);
+        assert_eq!(max(&defaults, Backend::Qemu), 768 * MIB);
         assert!(node_memory() > 64 * MIB);
     }
 

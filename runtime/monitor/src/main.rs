@@ -197,6 +197,7 @@ fn start_vm(
         }),
         vcpus: vm.spec.vcpus,
         memory_bytes: vm.spec.memory_bytes,
+        max_memory_bytes: vm.spec.max_memory_bytes,
     };
     let pod = Pod::in_vm(state, fds, requested_ns, parts);
     pod.add_phase("monitor start", begin_ns, now_ns());

@@ -302,7 +302,12 @@ impl Daemon {
                 vm: Some(monitor::VmSpec {
                     vcpus: size.vcpus,
                     memory_bytes: size.memory_bytes,
-                    max_memory_bytes: vm_size::max_memory(&self.config.vm, vm_size::node_memory()),
+                    max_memory_bytes: vm_size::max_memory(
+                        &self.config.vm,
+                        self.vmm.backend,
+                        size.memory_bytes,
+                        vm_size::node_memory(),
+                    ),
                     cmdline: self.config.vm.kernel_args.clone(),
                     mac: START_MAC.into(),
                     backend: self.vmm.backend.into(),

@@ -52,6 +52,8 @@ pub struct VmParts {
     pub vcpus: u32,
     /// Its memory.
     pub memory_bytes: u64,
+    /// What that may get to.
+    pub max_memory_bytes: u64,
 }
 
 /// The guest.

@@ -185,7 +185,10 @@ impl Pod {
     /// descriptors that wait for the request that names them.
     pub fn in_vm(state: State, fds: FdTable, requested_ns: u64, vm: VmParts) -> Arc<Self> {
         let gone = CancellationToken::new();
-        state.update(|snapshot| snapshot.memory_bytes = vm.memory_bytes);
+        state.update(|snapshot| {
+            snapshot.memory_bytes = vm.memory_bytes;
+            snapshot.max_memory_bytes = vm.max_memory_bytes.max(vm.memory_bytes);
+        });
         let guest = Guest::new(vm, state.clone(), fds.clone(), gone.clone());
         Self::new(state, fds, requested_ns, Runner::Guest(guest), gone)
     }

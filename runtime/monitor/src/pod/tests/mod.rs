@@ -74,6 +74,7 @@ impl Rig {
             }),
             vcpus: 1,
             memory_bytes: 512 << 20,
+            max_memory_bytes: 1 << 30,
         };
         let pod = Pod::in_vm(state, fds.clone(), now_ns(), parts);
         let (dial_host, incoming) = mpsc::channel(4);
