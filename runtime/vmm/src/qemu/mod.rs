@@ -280,6 +280,7 @@ impl Vmm for Qemu {
             return Ok(());
         }
         let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        // RAM is in the file in its own order.
         let (start, length) = (boot as libc::off_t, beyond as libc::off_t);
         Ok(fallocate(&self.memory, hole, start, length)?)
     }

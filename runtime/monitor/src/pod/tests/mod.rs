@@ -459,3 +459,14 @@ async fn a_log_is_reopened_while_the_container_runs() {
         .expect("reopened");
     assert!(rig.pod.reopen_log(&id, token.as_bytes()).await.is_err());
 }
+
+#[tokio::test]
+async fn memory_is_given_to_a_vm_that_runs() {
+    let rig = Rig::ready().await;
+    // It has as much.
+    rig.pod.grow(512 << 20).await.expect("nothing to do");
+    // There is no VM behind this guest.
+    let error = rig.pod.grow((512 << 20) + 1).await.expect_err("no VM");
+    assert!(matches!(error, PodError::State(_)), "{error}");
+    assert_eq!(rig.pod.state().snapshot().memory_bytes, 512 << 20);
+}
