@@ -9,6 +9,7 @@
 //! | [`cri`]           | a gRPC client, for what crictl cannot say                                  |
 //! | [`oci`]           | images made for a test: layers, manifests, indexes                         |
 //! | [`registry`]      | Debian's docker-registry                                                   |
+//! | [`collector`]     | an OpenTelemetry collector                                                 |
 //! | [`fake_registry`] | a registry that asks for tokens, hangs, fails or lies                      |
 //! | [`logs`]          | CRI log files                                                              |
 //! | [`guest`]         | guest images that do not work                                              |
@@ -23,6 +24,7 @@
 
 #![allow(clippy::format_push_string)] // Tests: what reads best.
 
+pub mod collector;
 pub mod cri;
 pub mod crictl;
 pub mod daemon;

@@ -34,6 +34,7 @@
 //! | [`resources`]    | new limits for containers, and the CPUs that a pod runs on            |
 //! | [`config`]       | the configuration file                                                |
 //! | [`metrics`]      | what is counted, for Prometheus                                       |
+//! | [`trace`]        | where the time of an RPC goes, as OpenTelemetry spans                 |
 //! | [`error`]        | what can go wrong, and its gRPC code                                  |
 //! | [`backend`]      | what VMs run on: our VMM or QEMU, KVM or software                     |
 //! | [`server`]       | from a configuration to a served socket                               |
@@ -65,6 +66,7 @@ pub mod spec;
 pub mod stats;
 pub mod store;
 pub mod streaming;
+pub mod trace;
 pub mod user_namespace;
 mod vm_size;
 pub mod volumes;
