@@ -3,16 +3,21 @@
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t16
 
-build: image         ## everything: target/release/podvisor* and target/guest/
-	cargo build --locked --release -p podvisor-daemon -p podvisor-cli
+build:               ## everything: target/release/podvisor* and target/guest/
+	+@$(MAKE) --no-print-directory -j3 kernel initramfs binaries
 	install -m 755 -t target/release target/x86_64-unknown-linux-gnu/pod/podvisor-monitor target/x86_64-unknown-linux-gnu/pod/podvisor-fs
 
 image:               ## what a pod's VM boots: target/guest/{vmlinux,bzImage,initramfs.cpio}
 	+@$(MAKE) --no-print-directory -j2 kernel initramfs
 
-# Two at once, for the initramfs ends with minutes of one linker. Neither is to count jobs with the other.
-kernel initramfs:
+# All at once, for what cargo builds ends with minutes of one linker; the kernel, which keeps all CPUs busy to its
+# end, gives way. None is to count jobs with the others.
+kernel:
+	MAKEFLAGS= nice guest-image/build $@
+initramfs:
 	MAKEFLAGS= guest-image/build $@
+binaries:
+	MAKEFLAGS= cargo build --locked --release -p podvisor-daemon -p podvisor-cli
 
 run:                 ## try it: install, build, a daemon, a registry, a first pod
 	scripts/run
@@ -47,4 +52,4 @@ install: build       ## binaries, guest image and, if there is none, a configura
 deps:                ## Debian packages needed to build, run and test (as root)
 	scripts/install-deps
 
-.PHONY: help build image kernel initramfs run test conformance lint fuzz bench instructions install deps
+.PHONY: help build image kernel initramfs binaries run test conformance lint fuzz bench instructions install deps

@@ -61,7 +61,7 @@ pub fn with_pod(name: &str) -> (Daemon, Pod, String) {
 /// [`with_pod`], with a `linux` configuration.
 pub fn with_such_pod(name: &str, linux: &Value) -> (Daemon, Pod, String) {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod(name).with("linux", linux.clone());
     let id = daemon.run_pod(&pod);
     (daemon, pod, id)
@@ -150,17 +150,12 @@ impl Daemon {
         self::id(&self.try_create(id, pod, container).ok())
     }
 
-    /// `crictl create` and `crictl start`. The container's id.
+    /// `crictl create`, and starts it. The container's id.
     pub fn create_started(&self, id: &str, pod: &Pod, container: &Value) -> String {
         let container = self.create(id, pod, container);
-        self.crictl(&["start", &container]).ok();
+        let started = self.cri().start_container(&container);
+        started.unwrap_or_else(|status| panic!("StartContainer: {status}"));
         container
-    }
-
-    /// `crictl exec -s` that must succeed: what the command wrote.
-    pub fn exec(&self, container: &str, command: &[&str]) -> String {
-        let ran = self.crictl(&[&["exec", "-s", container], command].concat());
-        ran.ok().trim_end().to_owned()
     }
 
     /// `crictl inspect`, the status alone.

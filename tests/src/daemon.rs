@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -62,10 +62,19 @@ pub struct Options {
     pub config: Vec<(&'static str, String)>,
     /// Folder of vmlinux and initramfs.cpio.
     pub guest_dir: PathBuf,
-    /// Write a CNI configuration.
-    pub cni: bool,
+    /// What the CNI configuration has, if there is one.
+    pub network: Option<Network>,
     /// Mount a tmpfs of so many bytes as the data directory.
     pub data_bytes: Option<u64>,
+}
+
+/// A pod network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// A bridge.
+    Bridge,
+    /// As nodes have it: the bridge masquerades, ports are mapped, bandwidth is limited. Many processes for each pod.
+    Node,
 }
 
 impl Default for Options {
@@ -73,7 +82,7 @@ impl Default for Options {
         Self {
             config: Vec::new(),
             guest_dir: built("PODVISOR_GUEST_DIR", "guest"),
-            cni: true,
+            network: Some(Network::Bridge),
             data_bytes: None,
         }
     }
@@ -150,8 +159,8 @@ impl Daemon {
         }
         fs::create_dir_all(dir.join("net.d")).expect("a fresh directory");
         fs::create_dir_all(dir.join("certs.d")).expect("a fresh directory");
-        if options.cni {
-            self.write_cni();
+        if let Some(network) = options.network {
+            self.write_cni(network);
         }
         let path = |key: &str, path: &Path| format!("{key} = \"{}\"", path.display());
         let own = [
@@ -185,13 +194,14 @@ impl Daemon {
     }
 
     /// Gives the instance its pod network.
-    pub fn write_cni(&self) {
+    pub fn write_cni(&self, network: Network) {
         let instance = &self.instance;
         output_of(
             rig("cni.sh")
                 .arg(instance.dir())
                 .arg(instance.bridge())
-                .arg(instance.number().to_string()),
+                .arg(instance.number().to_string())
+                .args((network == Network::Bridge).then_some("bridge")),
         );
     }
 
@@ -338,6 +348,22 @@ impl Daemon {
         Cri::connect(&self.socket())
     }
 
+    /// Pulls an image, which must succeed.
+    pub fn pull(&self, image: &str) {
+        let pulled = self.cri().pull(image);
+        pulled.unwrap_or_else(|status| panic!("PullImage {image}: {status}"));
+    }
+
+    /// Runs a command in a container, which must succeed: what it wrote.
+    pub fn exec(&self, container: &str, command: &[&str]) -> String {
+        let ran = self.cri().exec(container, command, Duration::ZERO);
+        let ran = ran.unwrap_or_else(|status| panic!("ExecSync {command:?}: {status}"));
+        let [stdout, stderr] =
+            [&ran.stdout, &ran.stderr].map(|output| String::from_utf8_lossy(output));
+        assert_eq!(ran.exit_code, 0, "{command:?}: {stdout}{stderr}");
+        stdout.trim_end().to_owned()
+    }
+
     /// What `podvisor check --leaks` prints.
     pub fn leaks(&self) -> String {
         let output = finished(self.cli().args(["check", "--leaks"]));
@@ -371,7 +397,7 @@ impl Daemon {
             left.retain(|line| !kinds.iter().any(|kind| line.starts_with(kind)));
             let none = left.is_empty();
             if !none {
-                thread::sleep(std::time::Duration::from_millis(20));
+                thread::sleep(Duration::from_millis(20));
             }
             none
         });

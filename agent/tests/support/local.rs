@@ -100,10 +100,11 @@ impl Drop for Host {
         let _ = self.agent.kill();
         let _ = self.agent.wait();
         let _ = std::fs::write(self.cgroup.join("cgroup.kill"), "1");
+        remove_cgroups(&self.cgroup);
+        // Last: whoever gets the device next gives its group the same name.
         let _ = Command::new("losetup")
             .args(["--detach", &self.loop_device])
             .status();
-        remove_cgroups(&self.cgroup);
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use podvisor_tests::crictl::shell;
-use podvisor_tests::daemon::{Daemon, Options};
+use podvisor_tests::daemon::{Daemon, Network, Options};
 use podvisor_tests::guest::{Flaw, SILENT, flawed};
 use podvisor_tests::machine::slowness;
 use podvisor_tests::output_of;
@@ -69,7 +69,7 @@ fn network_ready(daemon: &Daemon) -> Value {
 #[test]
 fn no_cni_configuration() {
     let daemon = Daemon::start_with(&Options {
-        cni: false,
+        network: None,
         ..Options::default()
     });
     let dir = daemon.instance.dir().join("net.d").display().to_string();
@@ -94,7 +94,7 @@ fn no_cni_configuration() {
     daemon.assert_nothing_left();
 
     // A network add-on writes it later; nobody restarts a runtime for that.
-    daemon.write_cni();
+    daemon.write_cni(Network::Bridge);
     assert_eq!(network_ready(&daemon)["status"], json!(true));
     daemon.run_pod(&daemon.pod("pod"));
 }
@@ -119,6 +119,7 @@ fn a_cni_plugin_that_fails() {
     );
     let daemon = Daemon::start_with(&Options {
         config: vec![("network", plugin_dirs)],
+        network: Some(Network::Node),
         ..Options::default()
     });
     let file = fs::read_dir(daemon.instance.dir().join("net.d"))
@@ -152,7 +153,10 @@ fn a_cni_plugin_that_fails() {
 
 #[test]
 fn a_network_that_is_gone_before_its_pod() {
-    let daemon = Daemon::start();
+    let daemon = Daemon::start_with(&Options {
+        network: Some(Network::Node),
+        ..Options::default()
+    });
     let id = daemon.run_pod(&daemon.pod("pod"));
     // What an administrator's hand or another program may do.
     fs::remove_dir_all(daemon.instance.dir().join("net.d")).expect("ours");
@@ -179,7 +183,7 @@ fn a_full_disk() {
         data_bytes: Some(48 << 20),
         ..Options::default()
     });
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("writes");
     let id = daemon.run_pod(&pod);
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), "sleep 1000"));
@@ -217,7 +221,7 @@ fn a_full_disk() {
 #[test]
 fn logs_that_cannot_be_written() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     // A file where the directory is to be.
     let mut pod = daemon.pod("no-logs");
     pod.config["log_directory"] = json!("/proc/version/logs");

@@ -64,7 +64,7 @@ fn a_profile_confines_what_a_vm_is_made_of() {
     };
     let other = Profile::load("podvisor-e2e-other", ALL).expect("as above");
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let linux = json!({"security_context": profile.localhost()});
     let pod = daemon.pod("confined").with("linux", linux);
     let id = daemon.run_pod(&pod);
@@ -111,7 +111,7 @@ fn a_profile_confines_a_container_on_the_host() {
         return;
     };
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("host").by_handler("runc");
     let id = daemon.run_pod(&pod);
     let script = "cat /proc/self/attr/apparmor/current; echo >/granted && echo ok; echo >/denied";

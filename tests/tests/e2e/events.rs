@@ -86,7 +86,7 @@ fn the_life_of_a_pod_on_the_host() {
 fn life(handler: &'static str) {
     use PodSandboxState::{SandboxNotready as NotReady, SandboxReady as Ready};
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let cri = daemon.cri();
     let (mut events, mut other) = (Events::of(&cri), Events::of(&cri));
     let pod = daemon.pod("life").by_handler(handler);

@@ -2,7 +2,7 @@
 
 use podvisor_proto::cri;
 use podvisor_tests::cri::Cri;
-use podvisor_tests::daemon::{Daemon, Options};
+use podvisor_tests::daemon::{Daemon, Network, Options};
 use serde_json::Value;
 use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
@@ -22,7 +22,7 @@ fn check(cri: &Cri, service: &str) -> ServingStatus {
 #[test]
 fn liveness_and_readiness() {
     let mut daemon = Daemon::start_with(&Options {
-        cni: false,
+        network: None,
         ..Options::default()
     });
     let cri = daemon.cri();
@@ -35,7 +35,7 @@ fn liveness_and_readiness() {
         assert_eq!(check(&cri, service), Serving, "{service}");
     }
     assert_eq!(check(&cri, "readiness"), NotServing, "no network");
-    daemon.write_cni();
+    daemon.write_cni(Network::Bridge);
     assert_eq!(check(&cri, "readiness"), Serving);
     let unknown = cri.call_health(async |mut c| c.check(request("x")).await);
     assert_eq!(unknown.expect_err("no service").code(), Code::NotFound);

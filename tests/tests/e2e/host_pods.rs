@@ -25,7 +25,7 @@ fn daemon_with(config: &[(&'static str, &str)]) -> Daemon {
             .collect(),
         ..Options::default()
     });
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     daemon
 }
 

@@ -34,7 +34,7 @@ fn what_happened_is_counted() {
     assert!(empty.ends_with("# EOF\n"), "{empty}");
     assert_eq!(sample(&empty, "podvisor_pods{"), None, "{empty}");
 
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let context = json!({"security_context": {"namespace_options": {"network": 2}}});
     let routed = daemon
         .pod("routed")

@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 
 use podvisor_tests::crictl::{Pod, shell};
-use podvisor_tests::daemon::Daemon;
+use podvisor_tests::daemon::{Daemon, Network, Options};
 use podvisor_tests::registry::busybox;
 use podvisor_tests::{eventually, http};
 use serde_json::{Value, json};
@@ -43,7 +43,7 @@ fn addresses(daemon: &Daemon, id: &str) -> (String, String) {
 #[test]
 fn a_pod_has_addresses_that_the_host_reaches() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("addresses");
     let (id, container) = serving(&daemon, &pod, "hello");
     let (ip, ip6) = addresses(&daemon, &id);
@@ -80,7 +80,7 @@ fn a_pod_has_addresses_that_the_host_reaches() {
 #[test]
 fn pods_reach_each_other() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let (first, _) = serving(&daemon, &daemon.pod("first"), "first");
     let (second, client) = serving(&daemon, &daemon.pod("second"), "second");
     let (ip, ip6) = addresses(&daemon, &first);
@@ -94,7 +94,7 @@ fn pods_reach_each_other() {
 #[test]
 fn much_data_arrives_whole() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("bulk");
     let id = daemon.run_pod(&pod);
     // More than all buffers on the way.
@@ -111,8 +111,11 @@ fn much_data_arrives_whole() {
 
 #[test]
 fn host_ports() {
-    let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    let daemon = Daemon::start_with(&Options {
+        network: Some(Network::Node),
+        ..Options::default()
+    });
+    daemon.pull(&busybox());
     let free = TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
     let port = free.local_addr().expect("it is bound").port();
     drop(free);
@@ -136,7 +139,7 @@ fn host_ports() {
 #[test]
 fn without_settings_a_pod_has_the_hosts_dns() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("default-name");
     let id = daemon.run_pod(&pod);
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), "sleep 1000"));

@@ -135,7 +135,7 @@ fn attributes_are_preserved() {
         "annotations": annotations,
         "log_path": "c.log",
     });
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let container_id = daemon.create(&id, &pod, &container);
     let list = daemon.crictl(&["ps", "-a", "-o", "json"]).json();
     let listed = &list["containers"][0];
@@ -169,7 +169,7 @@ fn what_a_pod_gives_its_containers() {
         )
         .with("linux", json!({"sysctls": {"kernel.shm_rmid_forced": "1", "net.ipv4.ip_unprivileged_port_start": "80"}}));
     let id = daemon.run_pod(&pod);
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let script = "hostname; cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start
         cat /etc/resolv.conf; grep -q test-hostname /etc/hosts && echo named; grep -q localhost /etc/hosts && echo localhost
         [ -c /dev/null ] && [ -d /proc/1 ] && [ -d /sys/class ] && echo mounts
@@ -203,7 +203,7 @@ fn what_a_pod_gives_its_containers() {
 #[test]
 fn memory_follows_the_pods_resources() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let total = |name: &str, linux: Value| -> u64 {
         let pod = daemon.pod(name).with("linux", linux);
         let id = daemon.run_pod(&pod);
@@ -225,7 +225,7 @@ fn memory_follows_the_pods_resources() {
 #[test]
 fn removing_a_running_pod_removes_its_containers() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("running");
     let id = daemon.run_pod(&pod);
     daemon.create_started(&id, &pod, &shell("c", &busybox(), "sleep 1000"));

@@ -247,7 +247,7 @@ fn out_of_memory_ends_one_container() {
 #[test]
 fn huge_pages_are_set_aside() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pages = |size: &str, limit: u32| json!({"page_size": size, "limit": limit});
     let linux =
         json!({"resources": {"hugepage_limits": [pages("2MB", 16 << 20), pages("1GB", 0)]}});
@@ -292,7 +292,7 @@ fn host_groups(parent: &str, id: &str) -> Vec<std::path::PathBuf> {
 #[test]
 fn a_pods_processes_are_in_its_parent() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     // As both drivers of kubelets write it.
     let name = format!("{}-pod1", daemon.instance.cgroup_parent().trim_matches('/'));
     let slice = name.replace(['/', '_'], "-") + ".slice";

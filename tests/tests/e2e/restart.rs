@@ -21,7 +21,7 @@ const COUNTS: &str =
 #[test]
 fn a_killed_daemon_comes_back_to_its_pods() {
     let mut daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let labels = json!({"kept": "yes"});
     let pod = daemon.pod("survives").with("labels", labels.clone());
     let id = daemon.run_pod(&pod);
@@ -84,7 +84,7 @@ fn a_killed_daemon_comes_back_to_its_pods() {
 #[test]
 fn stopping_the_daemon_stops_no_pod() {
     let mut daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("goes-on");
     let id = daemon.run_pod(&pod);
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), COUNTS));
@@ -100,7 +100,7 @@ fn stopping_the_daemon_stops_no_pod() {
 #[test]
 fn a_pod_that_dies_while_the_daemon_is_away() {
     let mut daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("dies");
     let id = daemon.run_pod(&pod);
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), "sleep 1000"));
@@ -169,7 +169,7 @@ fn a_guest_that_stops_answering() {
         return;
     }
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("stuck");
     let id = daemon.run_pod(&pod);
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), "sleep 1000"));
@@ -191,7 +191,7 @@ fn a_guest_that_stops_answering() {
 /// The death of one of a pod's processes is that pod's death, and no other's.
 fn dies(process: &str) {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod = daemon.pod("victim");
     let id = daemon.run_pod(&pod);
     let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), "sleep 1000"));

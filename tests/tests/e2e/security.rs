@@ -444,7 +444,7 @@ fn what_only_the_host_could_give() {
 #[test]
 fn sysctls() {
     let daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let linux = json!({"sysctls": {"kernel.shm_rmid_forced": "1", "fs.mqueue.msg_max": "100", "net.core.somaxconn": "77", "kernel.domainname": "example"}});
     let pod = daemon.pod("sysctls").with("linux", linux);
     let id = daemon.run_pod(&pod);

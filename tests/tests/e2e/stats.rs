@@ -53,7 +53,7 @@ fn busy(name: &str) -> Value {
 
 fn used_by(handler: &'static str) {
     let mut daemon = Daemon::start();
-    daemon.crictl(&["pull", &busybox()]).ok();
+    daemon.pull(&busybox());
     let pod: Pod = daemon.pod("measured").by_handler(handler);
     let pod_id = daemon.run_pod(&pod);
     let id = daemon.create_started(&pod_id, &pod, &busy("busy"));

@@ -471,52 +471,52 @@ pub static POD: &[PodFamily] = &[
         INTERFACE,
         "Bytes received",
         |p, emit| {
-            received(p, emit, |counters| counters.bytes);
+            interfaces(p, emit, RECEIVED, |counters| counters.bytes);
         },
     ),
     Family::counter(
         "container_network_receive_packets_total",
         INTERFACE,
         "Packets received",
-        |p, emit| received(p, emit, |counters| counters.packets),
+        |p, emit| interfaces(p, emit, RECEIVED, |counters| counters.packets),
     ),
     Family::counter(
         "container_network_receive_packets_dropped_total",
         INTERFACE,
         "Packets received and dropped",
-        |p, emit| received(p, emit, |counters| counters.dropped),
+        |p, emit| interfaces(p, emit, RECEIVED, |counters| counters.dropped),
     ),
     Family::counter(
         "container_network_receive_errors_total",
         INTERFACE,
         "Errors while receiving",
-        |p, emit| received(p, emit, |counters| counters.errors),
+        |p, emit| interfaces(p, emit, RECEIVED, |counters| counters.errors),
     ),
     Family::counter(
         "container_network_transmit_bytes_total",
         INTERFACE,
         "Bytes sent",
         |p, emit| {
-            sent(p, emit, |counters| counters.bytes);
+            interfaces(p, emit, SENT, |counters| counters.bytes);
         },
     ),
     Family::counter(
         "container_network_transmit_packets_total",
         INTERFACE,
         "Packets sent",
-        |p, emit| sent(p, emit, |counters| counters.packets),
+        |p, emit| interfaces(p, emit, SENT, |counters| counters.packets),
     ),
     Family::counter(
         "container_network_transmit_packets_dropped_total",
         INTERFACE,
         "Packets to be sent and dropped",
-        |p, emit| sent(p, emit, |counters| counters.dropped),
+        |p, emit| interfaces(p, emit, SENT, |counters| counters.dropped),
     ),
     Family::counter(
         "container_network_transmit_errors_total",
         INTERFACE,
         "Errors while sending",
-        |p, emit| sent(p, emit, |counters| counters.errors),
+        |p, emit| interfaces(p, emit, SENT, |counters| counters.errors),
     ),
     Family::counter(
         "podvisor_pod_cpu_seconds_total",
@@ -569,20 +569,18 @@ fn devices(
     }
 }
 
-fn received(pod: &PodFacts<'_>, emit: Emit<'_>, value: fn(InterfaceCounters) -> u64) {
-    for interface in pod.interfaces {
-        emit(
-            &[&interface.name],
-            value(interface.received.unwrap_or_default()),
-        );
-    }
-}
+type Direction = fn(&InterfaceSample) -> Option<InterfaceCounters>;
+const RECEIVED: Direction = |interface| interface.received;
+const SENT: Direction = |interface| interface.sent;
 
-fn sent(pod: &PodFacts<'_>, emit: Emit<'_>, value: fn(InterfaceCounters) -> u64) {
+fn interfaces(
+    pod: &PodFacts<'_>,
+    emit: Emit<'_>,
+    direction: Direction,
+    value: fn(InterfaceCounters) -> u64,
+) {
     for interface in pod.interfaces {
-        emit(
-            &[&interface.name],
-            value(interface.sent.unwrap_or_default()),
-        );
+        let counters = direction(interface).unwrap_or_default();
+        emit(&[&interface.name], value(counters));
     }
 }

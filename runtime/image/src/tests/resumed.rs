@@ -6,8 +6,36 @@ use super::failures::is_layer;
 use super::fake_registry::End;
 use super::*;
 
-/// An image of one large layer, and its registry, which breaks each download after 50,000 bytes until the flag is set.
-async fn breaking() -> (Fixture, FakeRegistry, Arc<AtomicBool>) {
+/// An image of one large layer, at a registry that breaks each download after 50,000 bytes until it is `whole`.
+struct Breaking {
+    fixture: Fixture,
+    registry: FakeRegistry,
+    whole: Arc<AtomicBool>,
+}
+
+impl Breaking {
+    fn reference(&self) -> String {
+        format!("{}/app", self.registry.address)
+    }
+
+    fn becomes_whole(&self) {
+        self.whole.store(true, Ordering::Relaxed);
+    }
+
+    /// What downloads of the layer asked for; empty: all of it.
+    fn ranges(&self) -> Vec<String> {
+        let requests = self.registry.requests();
+        let of_layer = requests
+            .iter()
+            .filter(|request| is_layer(&self.fixture, request));
+        of_layer
+            .map(|request| request.headers.get("range").cloned().unwrap_or_default())
+            .collect()
+    }
+}
+
+/// [`Breaking`], and a node whose pull failed there.
+async fn failed_once() -> (Breaking, Node) {
     let fixture = Fixture::new(&[&noise(300_000)]);
     let whole = Arc::new(AtomicBool::new(false));
     let (honest, is_whole) = (fixture.clone(), Arc::clone(&whole));
@@ -20,16 +48,14 @@ async fn breaking() -> (Fixture, FakeRegistry, Arc<AtomicBool>) {
         }
     })
     .await;
-    (fixture, registry, whole)
-}
-
-/// What downloads of the layer asked for; empty: all of it.
-fn ranges(registry: &FakeRegistry, fixture: &Fixture) -> Vec<String> {
-    let requests = registry.requests();
-    let of_layer = requests.iter().filter(|request| is_layer(fixture, request));
-    of_layer
-        .map(|request| request.headers.get("range").cloned().unwrap_or_default())
-        .collect()
+    let breaking = Breaking {
+        fixture,
+        registry,
+        whole,
+    };
+    let node = Node::new();
+    node.pull(&breaking.reference()).await.unwrap_err();
+    (breaking, node)
 }
 
 fn from(byte: u32) -> String {
@@ -38,16 +64,14 @@ fn from(byte: u32) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pull_goes_on_where_one_failed() {
-    let (fixture, registry, whole) = breaking().await;
-    let reference = format!("{}/app", registry.address);
-    let node = Node::new();
-    node.pull(&reference).await.unwrap_err();
-    whole.store(true, Ordering::Relaxed);
+    let (breaking, node) = failed_once().await;
+    breaking.becomes_whole();
     // Also after podvisord was away.
     let node = node.reopen();
-    assert_eq!(node.pull(&reference).await.unwrap().id, fixture.id());
+    let pulled = node.pull(&breaking.reference()).await.unwrap();
+    assert_eq!(pulled.id, breaking.fixture.id());
     assert_eq!(
-        ranges(&registry, &fixture),
+        breaking.ranges(),
         [String::new(), from(50_000), from(100_000), from(150_000)]
     );
     node.keeps_only("layers/").await;
@@ -55,11 +79,8 @@ async fn a_pull_goes_on_where_one_failed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_part_that_is_not_the_blobs_is_fetched_again() {
-    let (fixture, registry, whole) = breaking().await;
-    let reference = format!("{}/app", registry.address);
-    let node = Node::new();
-    node.pull(&reference).await.unwrap_err();
-    whole.store(true, Ordering::Relaxed);
+    let (breaking, node) = failed_once().await;
+    breaking.becomes_whole();
     let [part] = &node.files()[..] else {
         panic!("{:?}", node.files())
     };
@@ -68,17 +89,14 @@ async fn a_part_that_is_not_the_blobs_is_fetched_again() {
     assert_eq!(bytes.len(), 150_000);
     bytes[100_000] ^= 1;
     std::fs::write(&part, bytes).unwrap();
-    assert_eq!(node.pull(&reference).await.unwrap().id, fixture.id());
-    let ranges = ranges(&registry, &fixture);
-    assert_eq!(ranges[3..], [from(150_000), String::new()]);
+    let pulled = node.pull(&breaking.reference()).await.unwrap();
+    assert_eq!(pulled.id, breaking.fixture.id());
+    assert_eq!(breaking.ranges()[3..], [from(150_000), String::new()]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn parts_are_not_kept_for_ever() {
-    let (_, registry, _) = breaking().await;
-    let reference = format!("{}/app", registry.address);
-    let node = Node::new();
-    node.pull(&reference).await.unwrap_err();
+    let (_, node) = failed_once().await;
     node.store.expire();
     assert_eq!(node.files().len(), 1);
     let impatient = Limits {

@@ -36,7 +36,7 @@ const WAITS: &str = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
 impl Rig {
     fn new(name: &str) -> Self {
         let daemon = Daemon::start();
-        daemon.crictl(&["pull", &busybox()]).ok();
+        daemon.pull(&busybox());
         let dir =
             std::env::temp_dir().join(format!("podvisor-volumes-{name}-{}", std::process::id()));
         fs::create_dir(&dir).expect("a fresh directory");
