@@ -1,5 +1,6 @@
 //! An OpenTelemetry collector that keeps what it gets (OTLP/gRPC).
 
+use std::fmt::Write;
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -81,7 +82,10 @@ impl TraceService for Keep {
 
 /// As trace contexts write ids.
 pub fn hex(id: &[u8]) -> String {
-    id.iter().map(|byte| format!("{byte:02x}")).collect()
+    id.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// A span's attribute as text.

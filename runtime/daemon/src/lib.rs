@@ -32,6 +32,7 @@
 //! | [`mountinfo`]    | the host's mount table                                               |
 //! | [`pidfd`]        | processes, held without the danger of reused pids                     |
 //! | [`resources`]    | new limits for containers, and the CPUs that a pod runs on            |
+//! | `heap`           | freed memory goes back to the node                                    |
 //! | [`config`]       | the configuration file                                                |
 //! | [`metrics`]      | what is counted, for Prometheus                                       |
 //! | [`trace`]        | where the time of an RPC goes, as OpenTelemetry spans                 |
@@ -49,6 +50,7 @@ pub mod error;
 pub mod events;
 pub mod guest_config;
 pub mod handlers;
+mod heap;
 pub mod host;
 pub mod ids;
 pub mod inventory;

@@ -16,6 +16,7 @@ use tracing::{Level, instrument};
 use super::{answer, lists};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::{Error, Result};
+use crate::heap;
 use crate::trace::pull::Layers;
 
 /// Serves CRI's image half.
@@ -96,7 +97,9 @@ impl ImageService for Images {
             let credentials = request.auth.map(credentials).transpose()?.flatten();
             let layers = Layers::default();
             let tell = |progress| layers.tell(&progress);
-            let image = self.daemon.images.pull(&name, credentials, &tell).await?;
+            let pulled = self.daemon.images.pull(&name, credentials, &tell).await;
+            heap::give_back();
+            let image = pulled?;
             Ok(cri::PullImageResponse {
                 image_ref: image.id.clone(),
             })
