@@ -87,3 +87,25 @@ start_podvisord() {
 	END
 	start "${2:-podvisord}" '*ready*' "$release/podvisord" --config "$dir/config.toml"
 }
+
+# start_containerd OCTET: Debian's, with the images of the registry and 10.OCTET.0.0/24; all its files in containerd/.
+start_containerd() {
+	local octet=$1
+	"$rig/cni.sh" "$work/containerd/cni" "podvisor-$octet" "$octet"
+	cat >containerd.toml <<-END
+		version = 2
+		root = "$work/containerd/root"
+		state = "$work/containerd/state"
+		[grpc]
+		address = "$work/containerd/containerd.sock"
+		[plugins."io.containerd.grpc.v1.cri"]
+		sandbox_image = "registry.k8s.io/pause:3.9"
+		restrict_oom_score_adj = true
+		[plugins."io.containerd.grpc.v1.cri".cni]
+		bin_dir = "/usr/lib/cni"
+		conf_dir = "$work/containerd/cni/net.d"
+		[plugins."io.containerd.grpc.v1.cri".registry]
+		config_path = "$work/certs.d"
+	END
+	start containerd '*"containerd successfully booted'* containerd --config containerd.toml
+}

@@ -8,6 +8,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, chroot, dup2_stderr, dup2_stdin, dup2_stdout};
@@ -62,6 +63,20 @@ pub fn mount_for_calls() -> Result<(), InitError> {
     mount_at("tmpfs", "/run", temporary, "mode=0755")?;
     fs::create_dir_all(Path::new(sandbox::DIRECTORY).join("containers"))
         .map_err(step("making directories"))
+}
+
+/// systemd's limit (systemd-system.conf(5)). Linux gives its first process 1024, a few for each exec.
+const DESCRIPTORS: u64 = 512 * 1024;
+
+/// Room for the streams of all that runs. What containers may have is their specs' business.
+pub fn make_room_for_descriptors() {
+    let raised = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).or_else(|_| {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    });
+    if let Err(error) = raised {
+        kmsg::error!("cannot have more descriptors: {error}");
+    }
 }
 
 /// What containers need of the guest besides.

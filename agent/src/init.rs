@@ -84,6 +84,7 @@ pub fn run(arguments: &[String]) -> libc::c_int {
             guest::prepare_devices()?;
         }
         kmsg::open();
+        guest::make_room_for_descriptors();
         // SAFETY: "ignore" runs no code of ours.
         unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) }.map_err(step("signals"))?;
         tokio::runtime::Builder::new_current_thread()

@@ -4,13 +4,13 @@ mod support;
 
 use podvisor_proto::agent::event::Kind;
 use podvisor_proto::agent::{
-    ConfigureNetworkRequest, CreateContainerRequest, ExecRequest, HelloRequest, Interface,
-    ResizeRequest, Route, SignalRequest, StartContainerRequest, Stdio,
+    ConfigureNetworkRequest, CreateContainerRequest, ExecRequest, HelloRequest, Interface, Route,
+    SignalRequest, StartContainerRequest, Stdio,
 };
 use serde_json::json;
 use support::local::{self, SCRATCH};
 use support::{PATIENCE, read, sandbox, spec};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 use tonic::Code;
 
@@ -264,27 +264,6 @@ async fn an_exec_has_the_containers_limits() {
 }
 
 #[tokio::test]
-async fn input_ends_where_the_host_says() {
-    let mut guest = local::start().await;
-    guest.create("c1", &spec(&["cat"]), "").await.unwrap();
-    let (stdin, mut input) = guest.stream(1).await;
-    let (stdout, mut output) = guest.stream(2).await;
-    let request = StartContainerRequest {
-        id: "c1".to_owned(),
-        stdio: Some(Stdio {
-            stdin,
-            stdout,
-            ..Stdio::default()
-        }),
-    };
-    guest.client.start_container(request).await.unwrap();
-    input.write_all(b"there and back").await.unwrap();
-    input.shutdown().await.unwrap();
-    assert_eq!(read(&mut output).await, "there and back");
-    assert_eq!(guest.exit_code("c1", "").await, 0);
-}
-
-#[tokio::test]
 async fn signals_reach_one_process_or_all() {
     let mut guest = local::start().await;
     let handler = "trap 'exit 9' TERM; echo ready; while true; do sleep 0.1; done";
@@ -350,73 +329,6 @@ async fn signals_reach_one_process_or_all() {
         guest.client.signal(signal).await.unwrap_err().code(),
         Code::InvalidArgument
     );
-}
-
-#[tokio::test]
-async fn a_terminal_is_one_stream_with_a_size() {
-    let mut guest = local::start().await;
-    let mut shell = spec(&[
-        "sh",
-        "-c",
-        "read line; stty size; tty; echo got $line; exit 4",
-    ]);
-    shell["process"]["terminal"] = json!(true);
-    guest.create("c1", &shell, "").await.unwrap();
-    let (stdout, mut terminal) = guest.stream(1).await;
-    let stdio = Stdio {
-        stdout,
-        terminal: true,
-        ..Stdio::default()
-    };
-    let request = StartContainerRequest {
-        id: "c1".to_owned(),
-        stdio: Some(stdio),
-    };
-    guest.client.start_container(request).await.unwrap();
-    let size = ResizeRequest {
-        container_id: "c1".to_owned(),
-        columns: 132,
-        rows: 43,
-        ..ResizeRequest::default()
-    };
-    guest.client.resize(size).await.unwrap();
-    terminal.write_all(b"word\n").await.unwrap();
-    let text = read(&mut terminal).await;
-    assert!(text.contains("43 132\r\n"), "{text:?}");
-    assert!(text.ends_with("got word\r\n"), "{text:?}");
-    assert_eq!(guest.exit_code("c1", "").await, 4);
-
-    // The same for an exec.
-    guest
-        .create("c2", &spec(&["sleep", "1000"]), "web")
-        .await
-        .unwrap();
-    guest.start_quietly("c2").await.unwrap();
-    let (stdout, mut terminal) = guest.stream(2).await;
-    let exec = ExecRequest {
-        container_id: "c2".to_owned(),
-        exec_id: "e1".to_owned(),
-        args: ["sh", "-c", "read line; stty size; echo $line > /dev/tty"]
-            .map(str::to_owned)
-            .to_vec(),
-        stdio: Some(Stdio {
-            stdout,
-            terminal: true,
-            ..Stdio::default()
-        }),
-        ..ExecRequest::default()
-    };
-    guest.client.exec(exec).await.unwrap();
-    let size = ResizeRequest {
-        container_id: "c2".to_owned(),
-        exec_id: "e1".to_owned(),
-        columns: 80,
-        rows: 24,
-    };
-    guest.client.resize(size).await.unwrap();
-    terminal.write_all(b"word\n").await.unwrap();
-    let text = read(&mut terminal).await;
-    assert!(text.ends_with("24 80\r\nword\r\n"), "{text:?}");
 }
 
 #[tokio::test]
@@ -492,31 +404,6 @@ async fn events_come_once_each_and_in_order() {
     assert!(
         matches!(event.kind, Some(Kind::Exit(exit)) if exit.container_id == "c3" && exit.time_ns > 0)
     );
-}
-
-#[tokio::test(start_paused = false)]
-async fn a_start_without_its_stream_fails_and_can_be_repeated() {
-    let mut guest = local::start().await;
-    guest
-        .create("c1", &spec(&["echo", "late"]), "")
-        .await
-        .unwrap();
-    let request = StartContainerRequest {
-        id: "c1".to_owned(),
-        stdio: Some(Stdio {
-            stdout: vec![9; 16],
-            ..Stdio::default()
-        }),
-    };
-    let missing = guest
-        .client
-        .start_container(request.clone())
-        .await
-        .unwrap_err();
-    assert_eq!(missing.code(), Code::DeadlineExceeded);
-    let (_, mut output) = guest.stream(9).await;
-    guest.client.start_container(request).await.unwrap();
-    assert_eq!(read(&mut output).await, "late\n");
 }
 
 #[tokio::test]

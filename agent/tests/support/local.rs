@@ -74,7 +74,7 @@ fn spawn(socket: &Path, loop_device: String) -> Host {
         .join(name);
     std::fs::create_dir_all(cgroup.join("outside")).unwrap();
     // The agent's root group must not have processes; unshare itself stays in "outside".
-    let script = "echo 0 > $0/cgroup.procs && exec unshare --cgroup sh -c \
+    let script = "ulimit -Sn 256 && echo 0 > $0/cgroup.procs && exec unshare --cgroup sh -c \
         'echo 0 > $0/outside/cgroup.procs && exec \"$@\"' \"$0\" \"$@\"";
     let agent = Command::new("sh")
         .args(["-c", script])

@@ -4,13 +4,15 @@
 //! Needs root, as podvisord does. Prints the median and the slowest of [`ROUNDS`] rounds, the answer's size, and how many
 //! samples came in meanwhile, for which no list waits: lists one right after the other cause as many as there ever are, two
 //! a second of each pod.
+//!
+//! `-- --at SOCKET --image IMAGE`: the same of another runtime, which is given as many pods, in the node's network, and
+//! containers that sleep, and has them removed again.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use podvisor_daemon::config::{Config, Vmm};
 use podvisor_daemon::store::{ContainerRecord, Phase, SandboxRecord, Store};
 use podvisor_daemon::{pidfd, server};
@@ -32,9 +34,15 @@ const MAX_MESSAGE: usize = 16 << 20;
 
 #[tokio::main]
 async fn main() {
-    // A few descriptors for each pod, on both sides of its sockets.
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    let mut args = std::env::args().skip_while(|arg| arg != "--at").skip(1);
+    match (args.next(), args.nth(1)) {
+        (Some(socket), Some(image)) => Box::pin(other(Path::new(&socket), &image)).await,
+        _ => podvisor().await,
+    }
+}
+
+/// A podvisord whose state is filled for this.
+async fn podvisor() {
     let dir = tempfile::tempdir().unwrap();
     let config = Config {
         run_dir: dir.path().join("run"),
@@ -63,6 +71,77 @@ async fn main() {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    measure(&client, &samples).await;
+}
+
+/// Another runtime's.
+async fn other(socket: &Path, image: &str) {
+    let mut client = connect(socket).await;
+    for number in 0..PODS {
+        let mut config = pod_config(number);
+        config.log_directory = String::new();
+        config.linux = Some(in_the_nodes_network());
+        let request = cri::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            ..cri::RunPodSandboxRequest::default()
+        };
+        let pod = client.run_pod_sandbox(request).await.unwrap();
+        for container in 1..=CONTAINERS {
+            let request = cri::CreateContainerRequest {
+                pod_sandbox_id: pod.get_ref().pod_sandbox_id.clone(),
+                config: Some(cri::ContainerConfig {
+                    image: Some(cri::ImageSpec {
+                        image: image.to_owned(),
+                        ..cri::ImageSpec::default()
+                    }),
+                    command: vec!["sleep".to_owned(), "100000".to_owned()],
+                    mounts: Vec::new(),
+                    ..container_config(number, container)
+                }),
+                sandbox_config: Some(config.clone()),
+            };
+            let created = client.create_container(request).await.unwrap();
+            let request = cri::StartContainerRequest {
+                container_id: created.into_inner().container_id,
+            };
+            client.start_container(request).await.unwrap();
+        }
+    }
+    measure(&client, &AtomicU64::new(0)).await;
+    let all = cri::ListPodSandboxRequest::default();
+    for pod in client
+        .list_pod_sandbox(all)
+        .await
+        .unwrap()
+        .into_inner()
+        .items
+    {
+        let request = cri::StopPodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        client.stop_pod_sandbox(request).await.unwrap();
+        let request = cri::RemovePodSandboxRequest {
+            pod_sandbox_id: pod.id,
+        };
+        client.remove_pod_sandbox(request).await.unwrap();
+    }
+}
+
+fn in_the_nodes_network() -> cri::LinuxPodSandboxConfig {
+    let options = cri::NamespaceOption {
+        network: cri::NamespaceMode::Node as i32,
+        ..cri::NamespaceOption::default()
+    };
+    cri::LinuxPodSandboxConfig {
+        security_context: Some(cri::LinuxSandboxSecurityContext {
+            namespace_options: Some(options),
+            ..cri::LinuxSandboxSecurityContext::default()
+        }),
+        ..cri::LinuxPodSandboxConfig::default()
+    }
+}
+
+async fn measure(client: &RuntimeServiceClient<Channel>, samples: &AtomicU64) {
     println!("{PODS} pods, {} containers", PODS * CONTAINERS);
     println!(
         "{:24} {:>10} {:>10} {:>10} {:>10}",
@@ -71,10 +150,10 @@ async fn main() {
     macro_rules! measure {
         ($name:literal, $call:ident, $request:ty) => {
             let call = async |mut client: RuntimeServiceClient<Channel>| {
-                let answer = client.$call(<$request>::default()).await.unwrap();
-                answer.into_inner().encoded_len()
+                let answer = client.$call(<$request>::default()).await?;
+                Ok(answer.into_inner().encoded_len())
             };
-            print($name, &client, &samples, call).await;
+            print($name, client, samples, call).await;
         };
     }
     measure!(
@@ -108,14 +187,17 @@ async fn print(
     name: &str,
     client: &RuntimeServiceClient<Channel>,
     samples: &AtomicU64,
-    call: impl AsyncFn(RuntimeServiceClient<Channel>) -> usize,
+    call: impl AsyncFn(RuntimeServiceClient<Channel>) -> Result<usize, Status>,
 ) {
     let before = samples.load(Ordering::Relaxed);
     let mut times = Vec::new();
     let mut bytes = 0;
     for _ in 0..ROUNDS {
         let begin = Instant::now();
-        bytes = call(client.clone()).await;
+        bytes = match call(client.clone()).await {
+            Ok(bytes) => bytes,
+            Err(status) => return println!("{name:24} {:?}", status.code()),
+        };
         times.push(begin.elapsed());
     }
     times.sort_unstable();

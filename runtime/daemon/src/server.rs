@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use podvisor_image::{ImageStore, Limits, Registries};
 use podvisor_network::{Cni, CniConfig};
 use podvisor_oci::rootfs::Layers;
@@ -52,6 +53,7 @@ const FLUSH: Duration = Duration::from_secs(2);
 /// # Errors
 /// Another podvisord has the directories, or something cannot be set up.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    make_room_for_descriptors().context("setrlimit")?;
     make_dir(&config.run_dir, 0o711)?;
     let _lock = lock(&config.run_dir)?;
     for dir in ["sandboxes", "netns"] {
@@ -201,6 +203,12 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     std::fs::rename(&temporary, path).with_context(|| format!("cannot make {}", path.display()))?;
     listener.set_nonblocking(true)?;
     Ok(UnixListener::from_std(listener)?)
+}
+
+/// Room for the descriptors of many pods and streams: as many as may be had. Monitors inherit it.
+fn make_room_for_descriptors() -> nix::Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)
 }
 
 fn has_cap_sys_resource() -> bool {
