@@ -1,6 +1,7 @@
 #!/bin/sh
 # registry.sh DIR [PORT [USER PASSWORD]]: becomes Debian's docker-registry on 127.0.0.1, its storage,
 # configuration and log in DIR, with basic auth if a user is given. Port 0, the default: a free one.
+# With $TLS_CERTIFICATE, $TLS_KEY and $TLS_CLIENT_CA (PEM files): TLS, for clients with a certificate of that authority.
 # Prints HOST:PORT, one line, when it listens.
 set -eu
 
@@ -13,8 +14,13 @@ log: {accesslog: {disabled: true}, level: info}
 storage:
   filesystem: {rootdirectory: "$dir/storage"}
   delete: {enabled: true}
-http: {addr: "127.0.0.1:$port", secret: "not a secret"}
+http:
+  addr: "127.0.0.1:$port"
+  secret: "not a secret"
 EOF
+if [ -n "${TLS_CERTIFICATE:-}" ]; then
+    echo "  tls: {certificate: \"$TLS_CERTIFICATE\", key: \"$TLS_KEY\", clientcas: [\"$TLS_CLIENT_CA\"]}" >>"$dir/config.yml"
+fi
 if [ -n "$user" ]; then
     # The registry accepts bcrypt alone; perl is on every Debian, htpasswd is not.
     hash=$(PASSWORD=$password perl -e 'print crypt($ENV{PASSWORD}, q($2y$05$abcdefghijklmnopqrstuu))')

@@ -8,7 +8,9 @@
 //! | [`crictl`]        | the real crictl, and the pod and container configurations it is given      |
 //! | [`cri`]           | a gRPC client, for what crictl cannot say                                  |
 //! | [`oci`]           | images made for a test: layers, manifests, indexes                         |
+//! | [`certificates`]  | a certificate authority                                                    |
 //! | [`registry`]      | Debian's docker-registry                                                   |
+//! | [`collector`]     | an OpenTelemetry collector                                                 |
 //! | [`fake_registry`] | a registry that asks for tokens, hangs, fails or lies                      |
 //! | [`logs`]          | CRI log files                                                              |
 //! | [`guest`]         | guest images that do not work                                              |
@@ -23,6 +25,8 @@
 
 #![allow(clippy::format_push_string)] // Tests: what reads best.
 
+pub mod certificates;
+pub mod collector;
 pub mod cri;
 pub mod crictl;
 pub mod daemon;

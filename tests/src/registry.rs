@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use std::sync::mpsc;
 use std::thread;
 
+use crate::certificates::Authority;
 use crate::http::{self, Response};
 use crate::oci::{self, Image};
 use crate::repository;
@@ -38,6 +39,34 @@ impl Registry {
 
     /// A new one, which asks for the credentials `(user, password)`. `name`: of its directory.
     pub fn start(name: &str, credentials: Option<(&str, &str)>) -> Self {
+        let mut registry = Self::launch(name, |command| {
+            if let Some((user, password)) = credentials {
+                command.args([user, password]);
+            }
+        });
+        if let Some((user, password)) = credentials {
+            registry.authorization = http::basic(user, password);
+        }
+        registry
+    }
+
+    /// A new one that has what `self` had, over TLS and only for clients with a certificate of `authority`.
+    pub fn behind_tls(self, authority: &Authority) -> Self {
+        let own = authority.issue("registry", "IP:127.0.0.1");
+        let tls = Self::launch("tls", |command| {
+            command
+                .env("TLS_CERTIFICATE", &own.certificate)
+                .env("TLS_KEY", &own.key)
+                .env("TLS_CLIENT_CA", authority.certificate());
+        });
+        let storage = |registry: &Self| registry.dir.join("storage");
+        fs::remove_dir_all(storage(&tls)).expect("it is ours");
+        fs::rename(storage(&self), storage(&tls)).expect("on one file system");
+        tls
+    }
+
+    /// `set`: adds to the command line and environment of registry.sh.
+    fn launch(name: &str, set: impl FnOnce(&mut Command)) -> Self {
         remove_old();
         let dir = std::env::temp_dir().join(format!("{DIR_PREFIX}{name}-{}", std::process::id()));
         // A test that was killed cannot stop it: setpriv has the kernel do so, when the thread that
@@ -50,9 +79,7 @@ impl Registry {
             .arg("0")
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
-        if let Some((user, password)) = credentials {
-            command.args([user, password]);
-        }
+        set(&mut command);
         let (started, child) = mpsc::channel();
         thread::spawn(move || {
             let child = command.spawn().expect("util-linux has setpriv");
@@ -71,11 +98,9 @@ impl Registry {
             "docker-registry does not start: {}",
             dir.display()
         );
-        let authorization =
-            credentials.map_or_else(String::new, |(user, password)| http::basic(user, password));
         Self {
             host,
-            authorization,
+            authorization: String::new(),
             child,
             dir,
         }

@@ -85,6 +85,8 @@ pub struct Config {
     pub streaming: Streaming,
     /// What podvisord counts.
     pub metrics: Metrics,
+    /// Where its time goes.
+    pub tracing: Tracing,
 }
 
 /// `[handlers.NAME]`
@@ -211,6 +213,16 @@ pub struct Metrics {
     pub address: String,
 }
 
+/// `[tracing]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tracing {
+    /// URL of an OTLP/gRPC collector; empty: none.
+    pub otlp_endpoint: String,
+    /// Part of the RPCs without a trace context that are traced.
+    pub sampling_ratio: f64,
+}
+
 /// How a kubelet writes `cgroup_parent`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -251,6 +263,7 @@ impl Default for Config {
             cgroup: Cgroup::default(),
             streaming: Streaming::default(),
             metrics: Metrics::default(),
+            tracing: Tracing::default(),
         }
     }
 }
@@ -317,6 +330,15 @@ impl Default for Streaming {
             creation_timeout_s: 30,
             tls_certificate: PathBuf::new(),
             tls_key: PathBuf::new(),
+        }
+    }
+}
+
+impl Default for Tracing {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: String::new(),
+            sampling_ratio: 1.0,
         }
     }
 }
@@ -397,6 +419,16 @@ impl Config {
                 "neither empty nor an address with a port",
             );
         }
+        let endpoint = &self.tracing.otlp_endpoint;
+        if !endpoint.is_empty() && !is_plain_http(endpoint) {
+            return refuse(
+                "tracing.otlp_endpoint",
+                "neither empty nor http://ADDRESS:PORT",
+            );
+        }
+        if !(0.0..=1.0).contains(&self.tracing.sampling_ratio) {
+            return refuse("tracing.sampling_ratio", "not between 0 and 1");
+        }
         let parent = Path::new(&self.cgroup.parent);
         if !parent.is_absolute() && parent.extension().is_none_or(|suffix| suffix != "slice") {
             return refuse("cgroup.parent", "neither a path from / nor a slice");
@@ -446,6 +478,11 @@ impl Config {
     pub fn boot_timeout(&self) -> Duration {
         Duration::from_secs(self.vm.boot_timeout_s)
     }
+}
+
+fn is_plain_http(url: &str) -> bool {
+    let url: Result<http::Uri, _> = url.parse();
+    url.is_ok_and(|url| url.scheme() == Some(&http::uri::Scheme::HTTP) && url.port().is_some())
 }
 
 #[cfg(test)]
@@ -498,6 +535,18 @@ mod tests {
                 "streaming.address",
             ),
             ("[streaming]\nidle_timeout_s = 0\n", "streaming"),
+            (
+                "[tracing]\notlp_endpoint = \"https://127.0.0.1:4317\"\n",
+                "tracing.otlp_endpoint",
+            ),
+            (
+                "[tracing]\notlp_endpoint = \"127.0.0.1:4317\"\n",
+                "tracing.otlp_endpoint",
+            ),
+            (
+                "[tracing]\nsampling_ratio = 1.5\n",
+                "tracing.sampling_ratio",
+            ),
         ] {
             std::fs::write(&file, text).unwrap();
             let error = Config::load(Some(&file)).unwrap_err().to_string();

@@ -21,6 +21,7 @@ use crate::metrics::Metrics;
 use crate::monitor::{Monitor, read_state_file};
 use crate::pod::{Pod, Pods};
 use crate::store::Store;
+use crate::trace;
 
 /// Pause between two attempts to reach a monitor whose process lives.
 const RECONNECT: Duration = Duration::from_millis(500);
@@ -171,22 +172,25 @@ pub fn now_ns() -> u64 {
         .map_or(0, |since| since.as_nanos() as u64)
 }
 
-/// `call`, but not longer than `limit`.
+/// The monitor's RPC `what`, but not longer than `limit`.
 ///
 /// # Errors
 /// What the monitor said; UNAVAILABLE after the deadline.
 pub async fn within<T>(
     limit: Duration,
-    what: &str,
+    what: &'static str,
     call: impl Future<Output = std::result::Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T> {
-    match tokio::time::timeout(limit, call).await {
-        Ok(answer) => Ok(answer?.into_inner()),
-        Err(_) => Err(Error::MonitorUnreachable(format!(
-            "{what} took longer than {} s",
-            limit.as_secs()
-        ))),
-    }
+    let answer = async {
+        match tokio::time::timeout(limit, call).await {
+            Ok(answer) => Ok(answer?.into_inner()),
+            Err(_) => Err(Error::MonitorUnreachable(format!(
+                "{what} took longer than {} s",
+                limit.as_secs()
+            ))),
+        }
+    };
+    trace::monitor_call(what, answer).await
 }
 
 /// `work` that waits for the disk or the kernel, where that holds up nobody else.

@@ -32,8 +32,10 @@
 //! | [`mountinfo`]    | the host's mount table                                               |
 //! | [`pidfd`]        | processes, held without the danger of reused pids                     |
 //! | [`resources`]    | new limits for containers, and the CPUs that a pod runs on            |
+//! | `heap`           | freed memory goes back to the node                                    |
 //! | [`config`]       | the configuration file                                                |
 //! | [`metrics`]      | what is counted, for Prometheus                                       |
+//! | [`trace`]        | where the time of an RPC goes, as OpenTelemetry spans                 |
 //! | [`error`]        | what can go wrong, and its gRPC code                                  |
 //! | [`backend`]      | what VMs run on: our VMM or QEMU, KVM or software                     |
 //! | [`server`]       | from a configuration to a served socket                               |
@@ -48,6 +50,7 @@ pub mod error;
 pub mod events;
 pub mod guest_config;
 pub mod handlers;
+mod heap;
 pub mod host;
 pub mod ids;
 pub mod inventory;
@@ -65,6 +68,7 @@ pub mod spec;
 pub mod stats;
 pub mod store;
 pub mod streaming;
+pub mod trace;
 pub mod user_namespace;
 mod vm_size;
 pub mod volumes;

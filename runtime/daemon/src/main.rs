@@ -4,8 +4,11 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Parser;
-use podvisor_daemon::{config::Config, server};
+use podvisor_daemon::{config::Config, server, trace::ids::Ids};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Kubernetes container runtime that gives every pod its own virtual machine.
 #[derive(Debug, Parser)]
@@ -42,15 +45,17 @@ fn main() -> anyhow::Result<()> {
         config.data_dir = std::path::absolute(dir)?;
     }
     let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(&config.log))?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let log = tracing_subscriber::fmt::layer()
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
-    if flags.log_json {
-        log.json().init();
+    let log = if flags.log_json {
+        log.json().with_filter(filter).boxed()
     } else {
-        log.init();
-    }
+        log.with_filter(filter).boxed()
+    };
+    let ids =
+        (!config.tracing.otlp_endpoint.is_empty()).then(|| Ids.with_filter(filter_fn(Ids::wants)));
+    tracing_subscriber::registry().with(log).with(ids).init();
     // oci-client's TLS: two providers in one program would panic at the first connection.
     let _ = rustls::crypto::ring::default_provider().install_default();
     tokio::runtime::Builder::new_multi_thread()

@@ -93,6 +93,8 @@ pub struct Metrics {
     rpcs: Family<RpcLabels, Histogram, fn() -> Histogram>,
     routed: Family<RoutedLabels, Counter>,
     phases: Family<PhaseLabels, Histogram, fn() -> Histogram>,
+    /// Spans that no collector has got.
+    pub spans_dropped: Counter,
 }
 
 impl Metrics {
@@ -125,11 +127,18 @@ impl Metrics {
             Unit::Seconds,
             phases.clone(),
         );
+        let spans_dropped = Counter::default();
+        registry.register(
+            "spans_dropped",
+            "Spans that the collector did not take: it is away, or slower than they come",
+            spans_dropped.clone(),
+        );
         Self {
             registry,
             rpcs,
             routed,
             phases,
+            spans_dropped,
         }
     }
 

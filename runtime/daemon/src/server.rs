@@ -34,14 +34,19 @@ use crate::services::around::Around;
 use crate::services::deadline::Deadline;
 use crate::services::later::Later;
 use crate::services::metered::Metered;
+use crate::services::traced::Traced;
 use crate::services::{
     MAX_MESSAGE, control::Control, health::Health, image::Images, runtime::Runtime,
 };
 use crate::store::Store;
 use crate::streaming;
+use crate::trace::export::Exporter;
 
 /// How long RPCs in flight may go on after SIGTERM.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// How long the last spans may take to the collector after that.
+const FLUSH: Duration = Duration::from_secs(2);
 
 /// Runs podvisord until SIGTERM or SIGINT. Pods live on.
 ///
@@ -60,6 +65,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     for warning in &daemon.warnings {
         warn!("{warning}");
     }
+    let dropped = daemon.metrics.spans_dropped.clone();
+    let exporter = Exporter::start(&daemon.config.tracing, dropped);
+    let exporter = exporter.context("tracing.otlp_endpoint")?;
     daemon.reconcile().await?;
     tokio::spawn(Arc::clone(&daemon).sweep_forever());
 
@@ -74,7 +82,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let listener = listen(&daemon.config.socket_path())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let traced = Traced {
+        enabled: exporter.is_some(),
+    };
     let server = Server::builder()
+        .layer(Around(traced))
         .layer(Around(Metered(Arc::clone(&daemon))))
         .layer(Around(Deadline))
         .layer(Around(Later))
@@ -103,6 +115,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         warn!("some RPCs did not end in time: a restart undoes what they began");
     }
     let _ = std::fs::remove_file(daemon.config.socket_path());
+    if let Some(exporter) = exporter {
+        exporter.shut_down(FLUSH).await;
+    }
     Ok(())
 }
 

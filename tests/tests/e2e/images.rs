@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use podvisor_tests::certificates::{Authority, Certificate};
 use podvisor_tests::crictl::{Pod, shell};
 use podvisor_tests::daemon::Daemon;
 use podvisor_tests::fake_registry::{Answer, FakeRegistry};
@@ -132,6 +133,45 @@ fn credentials() {
     assert_eq!(images(&daemon), Vec::<Value>::new());
     let ran = daemon.crictl(&["pull", "--creds", "someone:pass:word", &name]);
     assert!(ran.ok().contains(&oci::busybox().id()));
+}
+
+#[test]
+fn client_certificates() {
+    let authority = Authority::new();
+    let registry = Registry::start("before-tls", None);
+    registry.push("private:1", &oci::busybox());
+    let registry = registry.behind_tls(&authority);
+    let name = registry.name("private:1");
+    let daemon = Daemon::start();
+    let dir = daemon.certs_dir().join(&registry.host);
+    fs::create_dir_all(&dir).expect("ours");
+    let configure = |more: &str| {
+        let url = format!("https://{}", registry.host);
+        let ca = authority.certificate().display();
+        let hosts = format!("server = {url:?}\n[host.{url:?}]\nca = \"{ca}\"\n{more}\n");
+        fs::write(dir.join("hosts.toml"), hosts).expect("ours");
+    };
+    let show = |shown: &Certificate| {
+        let (certificate, key) = (shown.certificate.display(), shown.key.display());
+        format!("client = [[\"{certificate}\", \"{key}\"]]")
+    };
+    let pull = || daemon.cri().pull(&name);
+
+    // The words are those of the registry's TLS: alerts (RFC 8446, 6.2).
+    configure("");
+    let error = pull().expect_err("without a certificate");
+    let words = error.message().to_lowercase();
+    assert!(
+        words.contains("alert") && words.contains("certificate"),
+        "{words}"
+    );
+    let stranger = Authority::new();
+    configure(&show(&stranger.issue("stranger", "DNS:node.test")));
+    let error = pull().expect_err("of another authority");
+    assert!(error.message().contains("alert"), "{error}");
+
+    configure(&show(&authority.issue("node", "DNS:node.test")));
+    pull().expect("with its certificate");
 }
 
 #[test]

@@ -19,5 +19,6 @@ mod security;
 mod stats;
 mod stop;
 mod streaming;
+mod traces;
 mod user_namespaces;
 mod volumes;

@@ -3,14 +3,16 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
 
 use podvisor_proto::cri;
+use podvisor_tests::certificates::Authority;
 use podvisor_tests::crictl::{Ran, container, shell};
 use podvisor_tests::daemon::{Daemon, Options};
 use podvisor_tests::registry::busybox;
-use podvisor_tests::{eventually, finished, http, logs, output_in_time};
+use podvisor_tests::{eventually, http, logs, output_in_time};
 use serde_json::{Value, json};
 use tonic::Code;
 
@@ -511,30 +513,10 @@ fn ports_in_a_vm_with_a_user_namespace() {
 
 #[test]
 fn over_tls() {
-    // The test's own authority, whose name on the certificate is the only one that is good.
-    let dir = tempfile::tempdir().expect("a folder");
-    let file = |name: &str| dir.path().join(name).display().to_string();
-    let (certificate, key) = (file("cert.pem"), file("key.pem"));
-    let made = finished(Command::new("openssl").args([
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=podvisor",
-        "-addext",
-        "subjectAltName=DNS:streaming.test",
-        "-out",
-        &certificate,
-        "-keyout",
-        &key,
-    ]));
-    assert!(made.status.success(), "{made:?}");
+    let authority = Authority::new();
+    let own = authority.issue("server", "DNS:streaming.test");
+    let files = [authority.certificate(), &own.certificate, &own.key];
+    let [ca, certificate, key] = files.map(|file: &Path| file.display().to_string());
     let daemon = Daemon::start_with(&Options {
         config: vec![
             ("streaming", format!("tls_certificate = \"{certificate}\"")),
@@ -549,7 +531,7 @@ fn over_tls() {
     for transport in TRANSPORTS {
         let exec = |name: &str| {
             // crictl wants a certificate of its own as well; the server asks for none.
-            let trust = ["--tls-ca", &certificate, "--tls-cert", &certificate];
+            let trust = ["--tls-ca", &ca, "--tls-cert", &certificate];
             let args = [
                 &["exec", "-i", "--transport", transport][..],
                 &trust,

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use opentelemetry::trace::FutureExt;
 use podvisor_proto::{cri, monitor};
 use tokio::sync::oneshot;
 use tracing::{Instrument, warn};
@@ -23,6 +24,7 @@ use crate::resources::check_cpus;
 use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
+use crate::trace;
 use crate::user_namespace;
 use crate::volumes;
 use assembly::{Assembly, devices_of, open_file};
@@ -165,6 +167,7 @@ impl Daemon {
                 }
                 result
             }
+            .with_current_context()
             .in_current_span(),
         );
         let result = task.await.map_err(|_| Error::Cancelled)?;
@@ -344,7 +347,7 @@ impl Daemon {
         let mut client = monitor.client();
         let exec = client.exec_sync(call);
         let mut done = if timeout.is_zero() {
-            exec.await?.into_inner()
+            trace::monitor_call("ExecSync", exec).await?.into_inner()
         } else {
             within(timeout + MARGIN, "ExecSync", exec).await?
         };

@@ -13,7 +13,7 @@ use crate::daemon::{Daemon, now_ns, within};
 use crate::error::{Error, Result};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
-use crate::{host, inventory};
+use crate::{heap, host, inventory};
 
 /// How long a monitor may take to end its VM after all containers are dead.
 const SHUTDOWN: Duration = Duration::from_secs(20);
@@ -101,6 +101,7 @@ impl Daemon {
             .remove_sandbox(pod.id.clone(), containers)
             .await?;
         self.pods.remove(&pod);
+        heap::give_back();
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use opentelemetry::trace::FutureExt;
 use podvisor_network::{Attachment, Bandwidth, INTERFACE, PodIdentity, TAP, netns, tap};
 use podvisor_proto::{cri, monitor};
 use tokio::time::timeout;
@@ -24,7 +25,7 @@ use crate::ids::{self, Reservation};
 use crate::monitor::{LaunchFds, Monitor};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
-use crate::{guest_config, handlers, host, inventory, user_namespace, vm_size};
+use crate::{guest_config, handlers, host, inventory, trace, user_namespace, vm_size};
 use request::{for_a_vm, for_the_host, port_mappings, validate};
 
 /// On top of the boot's own deadline, for what comes after the agent's call.
@@ -86,6 +87,7 @@ impl Daemon {
         let daemon = Arc::clone(self);
         let task = tokio::spawn(
             async move { Box::pin(daemon.create_or_undo(record, name, cancel)).await }
+                .with_current_context()
                 .in_current_span(),
         );
         let result = task.await.map_err(|_| Error::Cancelled)?;
@@ -110,6 +112,7 @@ impl Daemon {
                 record.phase = Phase::Ready as i32;
                 self.metrics
                     .started(record.timeline.iter().chain(&snapshot.timeline));
+                trace::phases("boot", record.created_ns as u64, &snapshot.timeline);
                 self.store.put_sandbox(record.clone()).await?;
                 let pod = Arc::new(Pod::new(record, name, snapshot, Some(Arc::new(monitor))));
                 self.pods.insert(&pod);
@@ -457,9 +460,13 @@ impl Timeline {
         }
     }
 
-    async fn phase<T>(&mut self, name: &str, work: impl Future<Output = T>) -> T {
+    async fn phase<T>(
+        &mut self,
+        name: &'static str,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let start_ns = now_ns().saturating_sub(self.zero_ns);
-        let result = work.await;
+        let result = trace::span(name, work).await;
         self.entries.push(monitor::TimelineEntry {
             phase: name.into(),
             start_ns,

@@ -16,6 +16,8 @@ use tracing::{Level, instrument};
 use super::{answer, lists};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::{Error, Result};
+use crate::heap;
+use crate::trace::pull::Layers;
 
 /// Serves CRI's image half.
 #[derive(Debug)]
@@ -93,7 +95,11 @@ impl ImageService for Images {
             let name = image_name(request.image)?;
             tracing::Span::current().record("image", &name);
             let credentials = request.auth.map(credentials).transpose()?.flatten();
-            let image = self.daemon.images.pull(&name, credentials, &|_| {}).await?;
+            let layers = Layers::default();
+            let tell = |progress| layers.tell(&progress);
+            let pulled = self.daemon.images.pull(&name, credentials, &tell).await;
+            heap::give_back();
+            let image = pulled?;
             Ok(cri::PullImageResponse {
                 image_ref: image.id.clone(),
             })

@@ -12,6 +12,7 @@ pub(crate) mod messages;
 pub mod metered;
 pub mod runtime;
 mod status;
+pub mod traced;
 
 use tonic::{Response, Status};
 use tracing::{Level, debug, info, warn};

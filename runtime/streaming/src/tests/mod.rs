@@ -130,13 +130,17 @@ struct Rig {
 }
 
 async fn rig() -> Rig {
+    rig_with(Config::default()).await
+}
+
+async fn rig_with(config: Config) -> Rig {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let killed = Arc::new(Semaphore::new(0));
     let fake = Fake {
         killed: Arc::clone(&killed),
     };
-    let server = Server::new(fake, address, Config::default());
+    let server = Server::new(fake, address, config);
     tokio::spawn(server.clone().serve(listener));
     Rig {
         server,

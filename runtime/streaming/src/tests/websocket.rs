@@ -134,6 +134,24 @@ async fn version_4_has_codes_and_sizes() {
 }
 
 #[tokio::test]
+async fn a_flood_of_sizes_holds_up_nothing() {
+    let rig = rig().await;
+    let url = rig.server.exec(exec(&["cat"], true, true)).unwrap();
+    let mut client = connect(&rig, &url, "v4.channel.k8s.io").await;
+    let sizes = (0..20_000u32).map(|n| format!("\x04{{\"Width\":{n},\"Height\":{n}}}"));
+    let mut flood: Vec<u8> = sizes.flat_map(|size| binary(size.as_bytes())).collect();
+    flood.extend(binary(b"\0still here"));
+    client.write_all(&flood).await.unwrap();
+    loop {
+        let (_, payload) = message(&mut client).await;
+        if payload == b"\x01still here" {
+            break;
+        }
+        assert_eq!(payload, [1], "what says that the session is open");
+    }
+}
+
+#[tokio::test]
 async fn a_close_and_a_malformed_frame_end_the_command() {
     let rig = rig().await;
     let unmasked = vec![0x82, 1, 0];

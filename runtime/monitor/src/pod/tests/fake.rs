@@ -133,6 +133,18 @@ impl AgentService for FakeAgent {
         if spec == "no user" {
             return Err(Status::invalid_argument("unknown user"));
         }
+        if spec == "huge" {
+            // More than the monitor takes as one answer.
+            let user = api::ResolvedUser {
+                supplemental_groups: vec![u32::MAX; 1 << 20],
+                ..api::ResolvedUser::default()
+            };
+            let user = Some(user);
+            return Ok(Response::new(api::CreateContainerResponse { user }));
+        }
+        if spec == "chatty" {
+            return Err(Status::internal("\x1b[31m".repeat(1000)));
+        }
         let mut specs = self.0.specs.lock().expect("specs");
         specs.insert(request.id.clone(), spec);
         self.0.created.lock().expect("created").push(request);

@@ -15,7 +15,7 @@ use podvisor_proto::monitor::{
     SandboxState, Snapshot,
 };
 use podvisor_vmm::{FsDevice, SegmentMap};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -387,6 +387,47 @@ async fn the_agent_may_dial_again() {
     rig.guest.exit(&id, "", 7);
     rig.connect_agent().await;
     assert_eq!(rig.exited(&id).await.exit_code, 7);
+}
+
+#[tokio::test]
+async fn an_agent_that_talks_nonsense_is_left() {
+    let rig = Rig::booting();
+    // HTTP/2: frames of 16 MiB, a stream that nobody opened, a length without end.
+    let nonsense: [&[u8]; 4] = [
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        &[0xff; 9],
+        &[0, 0, 4, 0, 0, 0, 0, 0, 9, 1, 2, 3, 4],
+        &[0; 10_000],
+    ];
+    for words in nonsense {
+        let (ours, mut guests) = UnixStream::pair().expect("socketpair");
+        rig.dial_host.send(ours).await.expect("the link listens");
+        // It may be cut off before it has said all.
+        let _ = guests.write_all(words).await;
+        let mut answer = Vec::new();
+        let read = timeout(Duration::from_secs(20), guests.read_to_end(&mut answer)).await;
+        let _ = read.expect("the link ends");
+    }
+    rig.connect_agent().await;
+    rig.pod
+        .configure(ConfigureRequest::default())
+        .await
+        .expect("configured");
+    let id = rig.run("a", "true").await;
+    assert_eq!(rig.exited(&id).await.exit_code, 0);
+}
+
+#[tokio::test]
+async fn answers_that_are_too_large_fail_their_call_alone() {
+    let rig = Rig::ready().await;
+    let huge = rig.pod.create(rig.request("a", "huge")).await;
+    assert!(huge.is_err());
+    let chatty = rig.pod.create(rig.request("b", "chatty")).await;
+    let words = chatty.expect_err("an error").to_string();
+    assert!(words.len() < 4096 && !words.contains('\x1b'), "{words}");
+    let id = rig.run("c", "true").await;
+    assert_eq!(rig.exited(&id).await.exit_code, 0);
+    assert_eq!(rig.pod.state().snapshot().containers.len(), 1);
 }
 
 #[tokio::test]
