@@ -39,6 +39,7 @@ fuzz:                ## hostile drivers against each virtio device, hostile clie
 bench: build         ## costs of a pod by phase: on QEMU, on the node beside containerd, on KVM in the nested host
 	scripts/bench
 	scripts/bench-handlers
+	scripts/bench-streams
 	scripts/bench-kvm
 
 instructions:        ## what each virtio device takes for a request, counted by valgrind
