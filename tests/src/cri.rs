@@ -256,3 +256,16 @@ pub fn image_spec(image: &str) -> cri::ImageSpec {
         ..Default::default()
     }
 }
+
+/// A pod's configuration with what it must have.
+pub fn sandbox_config(name: &str) -> cri::PodSandboxConfig {
+    cri::PodSandboxConfig {
+        metadata: Some(cri::PodSandboxMetadata {
+            name: name.into(),
+            uid: format!("uid-{name}"),
+            namespace: "default".into(),
+            attempt: 0,
+        }),
+        ..Default::default()
+    }
+}

@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use podvisor_proto::cri::{self, ContainerState};
+use podvisor_tests::cri::sandbox_config;
 use podvisor_tests::crictl::{container, shell, with_pod};
 use podvisor_tests::daemon::Daemon;
 use podvisor_tests::machine::Backend;
@@ -198,18 +199,6 @@ fn the_same_name_at_the_same_time() {
     }
     assert_eq!(cri.pods().len(), 1);
     assert_eq!(daemon.leaks(), "");
-}
-
-fn sandbox_config(name: &str) -> cri::PodSandboxConfig {
-    cri::PodSandboxConfig {
-        metadata: Some(cri::PodSandboxMetadata {
-            name: name.into(),
-            uid: format!("uid-{name}"),
-            namespace: "default".into(),
-            attempt: 0,
-        }),
-        ..Default::default()
-    }
 }
 
 #[test]

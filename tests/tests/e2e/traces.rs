@@ -6,7 +6,7 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use podvisor_proto::cri;
 use podvisor_tests::collector::{Collector, attribute, hex};
-use podvisor_tests::cri::image_spec;
+use podvisor_tests::cri::{image_spec, sandbox_config};
 use podvisor_tests::daemon::{Daemon, Options};
 use podvisor_tests::eventually;
 use podvisor_tests::http;
@@ -26,15 +26,7 @@ fn traced<T>(message: T, trace: &str, sampled: bool) -> Request<T> {
 
 fn pod(name: &str) -> cri::RunPodSandboxRequest {
     cri::RunPodSandboxRequest {
-        config: Some(cri::PodSandboxConfig {
-            metadata: Some(cri::PodSandboxMetadata {
-                name: name.into(),
-                uid: format!("uid-{name}"),
-                namespace: "default".into(),
-                attempt: 0,
-            }),
-            ..Default::default()
-        }),
+        config: Some(sandbox_config(name)),
         ..Default::default()
     }
 }
