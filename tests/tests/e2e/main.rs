@@ -13,6 +13,7 @@ mod images;
 mod metrics;
 mod network;
 mod pods;
+mod pulls;
 mod resources;
 mod restart;
 mod security;
