@@ -8,18 +8,24 @@
 //! `-- --at SOCKET --image IMAGE`: the same of another runtime, which is given as many pods, in the node's network, and
 //! containers that sleep, and has them removed again.
 
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
 use podvisor_daemon::config::{Config, Vmm};
 use podvisor_daemon::store::{ContainerRecord, Phase, SandboxRecord, Store};
 use podvisor_daemon::{pidfd, server};
+use podvisor_monitor::fd_table::FdTable;
+use podvisor_monitor::snapshots;
 use podvisor_proto::agent::{self, SampleRequest, SampleResponse, Usage};
 use podvisor_proto::cri::{self, runtime_service_client::RuntimeServiceClient};
 use podvisor_proto::monitor::monitor_server::{Monitor, MonitorServer};
-use podvisor_proto::monitor::{self, Snapshot, WatchRequest};
+use podvisor_proto::monitor::{self, FollowRequest, FollowResponse, Snapshot, WatchRequest};
 use prost::Message;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -255,18 +261,26 @@ async fn fill(config: &Config, samples: &Arc<AtomicU64>) {
 fn serve_monitor(dir: PathBuf, number: usize, samples: &Arc<AtomicU64>) {
     std::fs::create_dir_all(&dir).unwrap();
     // A socket's address holds 108 bytes: the folder's own is longer.
-    let folder = std::fs::File::open(&dir).unwrap();
-    let short = format!(
-        "/proc/self/fd/{}/monitor.sock",
-        std::os::fd::AsRawFd::as_raw_fd(&folder)
-    );
-    let listener = UnixListener::bind(short).unwrap();
+    let folder = File::open(&dir).unwrap();
+    let short = |name| format!("/proc/self/fd/{}/{name}", folder.as_raw_fd());
+    let listener = UnixListener::bind(short("monitor.sock")).unwrap();
+    let fds = FdTable::default();
+    tokio::spawn(fds.clone().serve(seqpacket(&short("fd.sock"))));
     let service = MonitorServer::new(FakeMonitor {
         number,
         samples: Arc::clone(samples),
+        fds,
+        followers: Mutex::default(),
     });
     let server = Server::builder().add_service(service);
     tokio::spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
+}
+
+fn seqpacket(path: &str) -> OwnedFd {
+    let (family, kind) = (AddressFamily::Unix, SockType::SeqPacket);
+    let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+    fd
 }
 
 /// 64 hex digits.
@@ -332,6 +346,27 @@ fn map(kind: &str, count: usize) -> std::collections::HashMap<String, String> {
 struct FakeMonitor {
     number: usize,
     samples: Arc<AtomicU64>,
+    fds: FdTable,
+    followers: Mutex<Vec<File>>,
+}
+
+impl FakeMonitor {
+    fn snapshot(&self) -> Snapshot {
+        let container = |number| monitor::Container {
+            id: id(self.number, number),
+            state: monitor::ContainerState::Running as i32,
+            created_ns: 1,
+            started_ns: 2,
+            ..monitor::Container::default()
+        };
+        Snapshot {
+            sandbox_id: id(self.number, 0),
+            state: monitor::SandboxState::Ready as i32,
+            revision: 1,
+            containers: (1..=CONTAINERS).map(container).collect(),
+            ..Snapshot::default()
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -340,25 +375,22 @@ impl Monitor for FakeMonitor {
         &self,
         _request: Request<WatchRequest>,
     ) -> Result<Response<BoxStream<Snapshot>>, Status> {
-        let container = |number| monitor::Container {
-            id: id(self.number, number),
-            state: monitor::ContainerState::Running as i32,
-            created_ns: 1,
-            started_ns: 2,
-            ..monitor::Container::default()
-        };
-        let snapshot = Snapshot {
-            sandbox_id: id(self.number, 0),
-            state: monitor::SandboxState::Ready as i32,
-            revision: 1,
-            containers: (1..=CONTAINERS).map(container).collect(),
-            ..Snapshot::default()
-        };
-        let first = tokio_stream::once(Ok(snapshot));
+        let first = tokio_stream::once(Ok(self.snapshot()));
         let rest = tokio_stream::pending();
         Ok(Response::new(Box::pin(tokio_stream::StreamExt::chain(
             first, rest,
         ))))
+    }
+
+    async fn follow(
+        &self,
+        request: Request<FollowRequest>,
+    ) -> Result<Response<FollowResponse>, Status> {
+        let follower = self.fds.take(&request.into_inner().stream_fd_token);
+        let mut follower = follower.ok_or_else(|| Status::failed_precondition("no stream"))?;
+        follower.write_all(&snapshots::encode(&self.snapshot()))?;
+        self.followers.lock().unwrap().push(follower);
+        Ok(Response::new(FollowResponse {}))
     }
 
     async fn sample(

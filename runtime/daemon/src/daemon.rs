@@ -5,10 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podvisor_image::ImageStore;
+use podvisor_monitor::snapshots;
 use podvisor_network::Cni;
 use podvisor_oci::rootfs::Layers;
-use podvisor_proto::monitor::WatchRequest;
-use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -140,28 +139,29 @@ impl Daemon {
     /// not answer while its process lives is retried for ever and never killed: it may only be busy.
     async fn follow(&self, monitor: &Monitor, pod: &std::sync::Weak<Pod>) {
         loop {
-            match monitor.client().watch(WatchRequest {}).await {
-                Ok(stream) => {
-                    let mut stream = stream.into_inner();
-                    while let Some(Ok(snapshot)) = stream.next().await {
-                        let Some(pod) = pod.upgrade() else { return };
-                        debug!(
-                            sandbox = pod.id,
-                            revision = snapshot.revision,
-                            "state from the monitor"
-                        );
-                        self.pods.apply(&pod, Some(snapshot));
-                    }
-                }
-                Err(status) => {
-                    info!(pid = monitor.pid(), %status, "monitor does not answer, trying again");
-                }
+            if let Err(error) = self.follow_once(monitor, pod).await {
+                info!(pid = monitor.pid(), %error, "monitor does not answer, trying again");
             }
             if pod.strong_count() == 0 {
                 return;
             }
             tokio::time::sleep(RECONNECT).await;
         }
+    }
+
+    async fn follow_once(&self, monitor: &Monitor, pod: &std::sync::Weak<Pod>) -> Result<()> {
+        let mut stream = monitor.follow().await?;
+        let broken = |error| Error::io("the stream of its states")(error);
+        while let Some(snapshot) = snapshots::read(&mut stream).await.map_err(broken)? {
+            let Some(pod) = pod.upgrade() else { break };
+            debug!(
+                sandbox = pod.id,
+                revision = snapshot.revision,
+                "state from the monitor"
+            );
+            self.pods.apply(&pod, Some(snapshot));
+        }
+        Ok(())
     }
 }
 

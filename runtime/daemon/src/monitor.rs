@@ -1,9 +1,11 @@
 //! podvisord's end of a pod's monitor: starting one, finding one again after a restart, calling it,
 //! and learning at once that it died.
 
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
@@ -12,7 +14,7 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use podvisor_monitor::fd_socket::Token;
 use podvisor_monitor::launcher;
 use podvisor_proto::monitor::monitor_client::MonitorClient;
-use podvisor_proto::monitor::{Launch, Snapshot, WatchRequest};
+use podvisor_proto::monitor::{FollowRequest, Launch, Snapshot, WatchRequest};
 use prost::Message;
 use tokio::io::AsyncWriteExt;
 use tokio::io::unix::AsyncFd;
@@ -22,6 +24,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::cgroup::PodCgroup;
 use crate::confinement::Confinement;
+use crate::daemon::within;
 use crate::error::{Error, Result};
 use crate::pidfd::{PidFd, start_time};
 
@@ -54,27 +57,39 @@ impl SocketDir {
     pub fn path(&self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}/{name}", self.dir.as_raw_fd()))
     }
+}
 
-    /// A channel to the monitor's API, connected when it is first used.
-    pub fn into_channel(self) -> Channel {
-        Endpoint::from_static("http://monitor").connect_with_connector_lazy(tower::service_fn(
-            move |_| {
-                let path = self.path("monitor.sock");
-                async move { UnixStream::connect(path).await.map(TokioIo::new) }
-            },
-        ))
+/// A client of a monitor's API, and the connection of it that all calls at the same time share.
+#[derive(Debug)]
+pub struct Client {
+    calls: MonitorClient<Channel>,
+    _connection: Arc<Channel>,
+}
+
+impl Deref for Client {
+    type Target = MonitorClient<Channel>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.calls
+    }
+}
+
+impl DerefMut for Client {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.calls
     }
 }
 
 /// The running monitor of one pod.
 #[derive(Debug)]
 pub struct Monitor {
-    dir: SocketDir,
+    dir: Arc<SocketDir>,
     pid: u32,
     start: u64,
     /// Readable once the process has ended; never another process, unlike the pid.
     process: AsyncFd<PidFd>,
-    channel: Channel,
+    /// While there are clients.
+    connection: Mutex<Weak<Channel>>,
 }
 
 /// The file descriptors that the new monitor of a VM inherits, beside its sockets.
@@ -168,22 +183,63 @@ impl Monitor {
 
     fn new(dir: &Path, pid: u32, process: PidFd) -> Result<Self> {
         let start = start_time(pid).unwrap_or(0);
-        let open = || SocketDir::open(dir).map_err(Error::io(dir.display().to_string()));
+        let dir = SocketDir::open(dir).map_err(Error::io(dir.display().to_string()))?;
         // SAFETY: the AsyncFd owns the descriptor: it stays open for as long as it is registered.
         let process = unsafe { AsyncFd::register(process) }
             .map_err(|error| Error::io("pidfd")(error.into()))?;
         Ok(Self {
-            dir: open()?,
+            dir: Arc::new(dir),
             pid,
             start,
             process,
-            channel: open()?.into_channel(),
+            connection: Mutex::default(),
         })
     }
 
-    /// A client of the monitor's API; all clients share one connection.
-    pub fn client(&self) -> MonitorClient<Channel> {
-        MonitorClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    /// A client of the monitor's API. The connection is closed when its last client is dropped: gRPC takes 50 KiB for
+    /// each, and a node's pods are many and mostly left alone.
+    pub fn client(&self) -> Client {
+        let connection = {
+            let mut shared = self
+                .connection
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            shared.upgrade().unwrap_or_else(|| {
+                let connection = Arc::new(self.connect());
+                *shared = Arc::downgrade(&connection);
+                connection
+            })
+        };
+        let calls = MonitorClient::new(Channel::clone(&connection));
+        Client {
+            calls: calls.max_decoding_message_size(MAX_MESSAGE),
+            _connection: connection,
+        }
+    }
+
+    /// A channel that is connected when it is first used.
+    fn connect(&self) -> Channel {
+        let dir = Arc::clone(&self.dir);
+        Endpoint::from_static("http://monitor").connect_with_connector_lazy(tower::service_fn(
+            move |_| {
+                let path = dir.path("monitor.sock");
+                async move { UnixStream::connect(path).await.map(TokioIo::new) }
+            },
+        ))
+    }
+
+    /// The stream on which it tells its state, and every later one ([`podvisor_monitor::snapshots`]).
+    ///
+    /// # Errors
+    /// The monitor does not answer in time.
+    pub async fn follow(&self) -> Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair().map_err(Error::io("socketpair"))?;
+        let request = FollowRequest {
+            stream_fd_token: self.send_fd(theirs).await?,
+        };
+        let mut client = self.client();
+        within(FIRST_STATE, "Follow", client.follow(request)).await?;
+        Ok(ours)
     }
 
     /// The state it tells now. `None` from one that does not answer in time: it is *unknown*.

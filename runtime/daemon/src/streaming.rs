@@ -14,7 +14,6 @@ use std::time::Duration;
 use anyhow::Context;
 use podvisor_monitor::fd_socket::Token;
 use podvisor_network::netns;
-use podvisor_proto::monitor::monitor_client::MonitorClient;
 use podvisor_proto::{cri, monitor};
 use podvisor_streaming::{
     Attach, Backend, Config, Duplex, Exec, PortForward, Server, Session, Size, Streams,
@@ -25,13 +24,12 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use tonic::transport::Channel;
 use tracing::{debug, info};
 
 use crate::container::running_monitor;
 use crate::daemon::{Daemon, within};
 use crate::error::{Error, Result};
-use crate::monitor::Monitor;
+use crate::monitor::{Client, Monitor};
 use crate::pod::Pod;
 
 /// Longer than the monitor's own deadlines for a guest.
@@ -362,7 +360,7 @@ impl Ends {
 
 /// Where the sizes go that a client sets.
 struct Terminal {
-    client: MonitorClient<Channel>,
+    client: Client,
     container_id: String,
     exec_id: String,
 }

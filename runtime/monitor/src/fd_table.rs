@@ -1,5 +1,5 @@
 //! The monitor's end of `fd.sock`: file descriptors that wait for the RPC that names them. The
-//! protocol is in [`podvisor_monitor::fd_socket`].
+//! protocol is in [`crate::fd_socket`].
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -8,11 +8,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::fd_socket::{ACCEPTED, MAX_FDS, REFUSED, Token, register};
 use nix::errno::Errno;
 use nix::sys::socket::{
     Backlog, ControlMessageOwned, MsgFlags, SockFlag, accept4, listen, recvmsg, send,
 };
-use podvisor_monitor::fd_socket::{ACCEPTED, MAX_FDS, REFUSED, Token, register};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
@@ -214,8 +214,8 @@ mod tests {
     use std::io::{Read, Seek, Write};
     use std::os::fd::AsFd;
 
+    use crate::fd_socket::{self, FdSender};
     use nix::sys::socket::{AddressFamily, SockType, UnixAddr, bind, socket};
-    use podvisor_monitor::fd_socket::{self, FdSender};
 
     use super::*;
 

@@ -3,6 +3,10 @@
 //!
 //! - [`launcher`]: starts the process with its inherited file descriptors
 //! - [`fd_socket`]: hands it file descriptors later, beside its gRPC socket
+//! - [`fd_table`]: the monitor's end of that
+//! - [`snapshots`]: what it tells who follows its pod
 
 pub mod fd_socket;
+pub mod fd_table;
 pub mod launcher;
+pub mod snapshots;

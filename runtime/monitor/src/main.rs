@@ -8,7 +8,6 @@
 //! - [`state`]: what is known, for watchers and in a file
 //! - [`log`]: CRI log files
 //! - [`console`]: the guest's console
-//! - [`fd_table`]: file descriptors that come later
 //! - [`service`]: the gRPC service
 //! - [`text`]: the guest's words, made harmless
 //!
@@ -18,7 +17,6 @@
 
 mod agent;
 mod console;
-mod fd_table;
 mod launch;
 mod log;
 mod pod;
@@ -33,6 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use podvisor_monitor::fd_table::FdTable;
 use podvisor_proto::monitor::monitor_server::MonitorServer;
 use podvisor_proto::monitor::{HostSpec, SandboxState, Snapshot};
 use podvisor_vmm::qemu::TscMeter;
@@ -46,7 +45,6 @@ use tracing_subscriber::prelude::*;
 
 use agent::Observer;
 use console::Console;
-use fd_table::FdTable;
 use launch::{Inherited, Runner};
 use pod::Pod;
 use pod::guest::VmParts;

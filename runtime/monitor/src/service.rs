@@ -10,11 +10,12 @@ use podvisor_proto::monitor::monitor_server::Monitor;
 use podvisor_proto::monitor::{
     AttachRequest, AttachResponse, ConfigureRequest, ConfigureResponse, ConsoleChunk,
     ConsoleRequest, CreateContainerRequest, CreateContainerResponse, ExecRequest, ExecResponse,
-    ExecSyncRequest, ExecSyncResponse, GrowRequest, GrowResponse, PortForwardRequest,
-    PortForwardResponse, RemoveContainerRequest, RemoveContainerResponse, ReopenLogRequest,
-    ReopenLogResponse, ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse, Snapshot,
-    StartContainerRequest, StartContainerResponse, StopContainerRequest, StopContainerResponse,
-    UpdateContainerRequest, UpdateContainerResponse, VmStatsRequest, VmStatsResponse, WatchRequest,
+    ExecSyncRequest, ExecSyncResponse, FollowRequest, FollowResponse, GrowRequest, GrowResponse,
+    PortForwardRequest, PortForwardResponse, RemoveContainerRequest, RemoveContainerResponse,
+    ReopenLogRequest, ReopenLogResponse, ResizeRequest, ResizeResponse, ShutdownRequest,
+    ShutdownResponse, Snapshot, StartContainerRequest, StartContainerResponse,
+    StopContainerRequest, StopContainerResponse, UpdateContainerRequest, UpdateContainerResponse,
+    VmStatsRequest, VmStatsResponse, WatchRequest,
 };
 use tokio::sync::oneshot;
 use tokio::task::JoinError;
@@ -104,6 +105,14 @@ impl Monitor for Service {
             .take_until(finished.cancelled_owned())
             .chain(last);
         Ok(Response::new(Box::pin(snapshots.map(Ok))))
+    }
+
+    async fn follow(
+        &self,
+        request: Request<FollowRequest>,
+    ) -> Result<Response<FollowResponse>, Status> {
+        self.pod.follow(&request.into_inner().stream_fd_token)?;
+        Ok(Response::new(FollowResponse {}))
     }
 
     async fn configure(

@@ -7,6 +7,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use podvisor_proto::agent::{SampleRequest, SampleResponse};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::debug;
@@ -32,10 +33,10 @@ impl Daemon {
         let Some((samples, group)) = pod.upgrade().map(|pod| self.subject(&pod)) else {
             return;
         };
+        let mut client = monitor.client();
         while pod.strong_count() > 0 {
             let begin = Instant::now();
-            let call = async { monitor.client().sample(SampleRequest {}).await };
-            match within(CALL, "Sample", call).await {
+            match within(CALL, "Sample", client.sample(SampleRequest {})).await {
                 Ok(answer) => {
                     let group = group.clone();
                     let cost = tokio::task::spawn_blocking(move || (cost(&group, &answer), answer));
@@ -48,7 +49,12 @@ impl Daemon {
                 Err(error) => debug!(%error, "no sample"),
             }
             sleep_until(begin + SHORTEST).await;
-            let _ = timeout_at(begin + INTERVAL, samples.wanted.notified()).await;
+            // Who looks looks again soon: the connection is kept for that, and for nothing else.
+            if samples.wanted.notified().now_or_never().is_none() {
+                drop(client);
+                let _ = timeout_at(begin + INTERVAL, samples.wanted.notified()).await;
+                client = monitor.client();
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use podvisor_proto::{agent, monitor};
 use podvisor_vmm::{Access, SegmentError, SegmentMap};
 use thiserror::Error;
 
-use crate::fd_table::FdTable;
+use podvisor_monitor::fd_table::FdTable;
 
 /// Why a block device cannot be mapped.
 #[derive(Debug, Error)]

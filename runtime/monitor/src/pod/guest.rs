@@ -27,8 +27,8 @@ use super::streams::{Dial, Tokens, connect};
 use super::vm_facts::VmFacts;
 use crate::agent::{Agent, AgentError};
 use crate::console::Console;
-use crate::fd_table::FdTable;
 use crate::state::{State, now_ns};
+use podvisor_monitor::fd_table::FdTable;
 
 /// How long an agent whose connection broke may take to dial again.
 const AGENT_RETURN: Duration = Duration::from_secs(10);

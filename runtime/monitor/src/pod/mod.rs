@@ -21,6 +21,7 @@ mod block_devices;
 pub mod container;
 mod create;
 mod exec;
+mod follow;
 pub mod guest;
 pub mod host;
 pub mod layers;
@@ -52,7 +53,6 @@ use tonic::{Code, Status};
 use tracing::{debug, info, warn};
 
 use crate::agent::{Agent, AgentError, Observer};
-use crate::fd_table::FdTable;
 use crate::state::{State, now_ns};
 use block_devices::BlockDeviceError;
 use container::Container;
@@ -60,6 +60,7 @@ use exec::Execs;
 use guest::{Guest, VmParts};
 use host::{Host, HostError};
 use layers::LayerError;
+use podvisor_monitor::fd_table::FdTable;
 use runner::Runner;
 
 /// Execs at a time: each may keep its output in our memory.

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::PodError;
 use super::streams::asynchronous;
-use crate::fd_table::FdTable;
+use podvisor_monitor::fd_table::FdTable;
 
 /// Moved at once, bytes.
 const CHUNK: usize = 32 * 1024;
@@ -98,7 +98,7 @@ async fn one_way(from: &AsyncFd<File>, to: &AsyncFd<File>) {
 }
 
 /// Ends when the other side of a socket has closed both directions.
-async fn closed(socket: &AsyncFd<File>) {
+pub async fn closed(socket: &AsyncFd<File>) {
     // An error of epoll's would be an end as well.
     while let Ok(mut ready) = socket.ready(Interest::WRITABLE).await {
         if ready.ready().is_write_closed() {
@@ -154,7 +154,11 @@ pub fn is_gone(client: &UnixStream) -> bool {
     polled.is_err() || fds[0].any().unwrap_or(true)
 }
 
-async fn write_all(process: &AsyncFd<File>, mut bytes: &[u8]) -> io::Result<()> {
+/// Writes all of it.
+///
+/// # Errors
+/// Nobody takes it any more.
+pub async fn write_all(process: &AsyncFd<File>, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         let write = |mut file: &File| file.write(bytes);
         let count = process.async_io(Interest::WRITABLE, write).await?;

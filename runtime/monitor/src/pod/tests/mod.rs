@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use podvisor_monitor::fd_socket::Token;
+use podvisor_monitor::snapshots;
 use podvisor_proto::agent::agent_server::AgentServer;
 use podvisor_proto::agent::{self as api, event};
 use podvisor_proto::monitor::{
@@ -27,9 +28,9 @@ use super::guest::{Guest, VmParts};
 use super::{Pod, PodError};
 use crate::agent::keep_link;
 use crate::console::Console;
-use crate::fd_table::FdTable;
 use crate::state::{State, now_ns};
 use fake::{FakeAgent, FakeGuest};
+use podvisor_monitor::fd_table::FdTable;
 
 /// A pod with a fake guest.
 struct Rig {
@@ -218,6 +219,34 @@ async fn a_container_runs_and_its_log_is_complete_when_it_has_exited() {
     let mut lines = rig.log_lines();
     lines.sort();
     assert_eq!(lines, ["stderr F err", "stdout F out"]);
+}
+
+#[tokio::test]
+async fn a_follower_is_told_every_state_to_the_last() {
+    let rig = Rig::ready().await;
+    let (mut ours, theirs) = UnixStream::pair().expect("socketpair");
+    let theirs = theirs.into_std().expect("registered").into();
+    let token = Token::random();
+    assert!(rig.fds.insert(token, vec![theirs]));
+    rig.pod.follow(token.as_bytes()).expect("it came");
+    let refused = rig.pod.follow(token.as_bytes());
+    assert!(matches!(refused, Err(PodError::State(_))), "used");
+
+    let now = snapshots::read(&mut ours).await.expect("a snapshot");
+    assert_eq!(now.as_ref(), Some(&rig.pod.state().snapshot()));
+    let id = rig.run("a", "true").await;
+    rig.exited(&id).await;
+    rig.pod.shutdown(Duration::ZERO).await;
+    let mut last = now;
+    let rest = async {
+        while let Some(next) = snapshots::read(&mut ours).await.expect("to the end") {
+            last = Some(next);
+        }
+    };
+    timeout(Duration::from_secs(10), rest)
+        .await
+        .expect("an end");
+    assert_eq!(last, Some(rig.pod.state().snapshot()));
 }
 
 #[tokio::test]
