@@ -93,6 +93,11 @@ impl Pod {
         self.state().record.clone()
     }
 
+    /// Looks at the record, for lists: a copy of it costs more than all that they show. `look` must not call back.
+    pub fn look<R>(&self, look: impl FnOnce(&SandboxRecord) -> R) -> R {
+        look(&self.state().record)
+    }
+
     /// Its podvisor-fs was started. Returns the record to be kept.
     pub fn set_fs(&self, pid: u32, start: u64) -> SandboxRecord {
         let mut state = self.state();
@@ -192,18 +197,25 @@ impl Pod {
     /// The state of one container. One that the monitor never heard of (it died first) counts as
     /// exited for an unknown reason.
     pub fn container_state(&self, id: &str) -> monitor::Container {
-        let state = self.state();
-        if let Some(found) = state.snapshot.containers.iter().find(|c| c.id == id) {
-            return found.clone();
-        }
-        monitor::Container {
+        let found = self.look_at_container(id, Clone::clone);
+        found.unwrap_or_else(|| monitor::Container {
             id: id.to_owned(),
             state: monitor::ContainerState::Exited as i32,
             exit_code: 255,
             reason: "Unknown".into(),
             message: "the sandbox's monitor was lost before it recorded the container".into(),
             ..Default::default()
-        }
+        })
+    }
+
+    fn look_at_container<R>(
+        &self,
+        id: &str,
+        look: impl FnOnce(&monitor::Container) -> R,
+    ) -> Option<R> {
+        let state = self.state();
+        let mut containers = state.snapshot.containers.iter();
+        containers.find(|container| container.id == id).map(look)
     }
 }
 
@@ -270,6 +282,16 @@ impl Container {
         last.unwrap_or_else(|| self.pod.container_state(&self.record.id))
     }
 
+    /// Whether it was created, runs, or has exited.
+    pub fn phase(&self) -> monitor::ContainerState {
+        if let Some(last) = &*self.last() {
+            return last.state();
+        }
+        let pod = &self.pod;
+        let phase = pod.look_at_container(&self.record.id, monitor::Container::state);
+        phase.unwrap_or(monitor::ContainerState::Exited)
+    }
+
     fn last(&self) -> MutexGuard<'_, Option<monitor::Container>> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -304,6 +326,32 @@ pub struct Pods {
 struct Inner {
     pods: HashMap<String, Arc<Pod>>,
     containers: HashMap<String, Arc<Container>>,
+    /// The containers again, by their pods' ids, oldest first.
+    by_pod: HashMap<String, Vec<Arc<Container>>>,
+}
+
+impl Inner {
+    fn insert_container(&mut self, container: Arc<Container>) {
+        let siblings = self.by_pod.entry(container.pod.id.clone()).or_default();
+        siblings.push(Arc::clone(&container));
+        siblings.sort_by_key(|container| container.record.created_ns);
+        self.containers
+            .insert(container.record.id.clone(), container);
+    }
+
+    fn remove_container(&mut self, container: &Container) {
+        self.containers.remove(&container.record.id);
+        if let Some(siblings) = self.by_pod.get_mut(&container.pod.id) {
+            siblings.retain(|sibling| sibling.record.id != container.record.id);
+        }
+    }
+
+    fn remove(&mut self, pod: &Pod) {
+        self.pods.remove(&pod.id);
+        for container in self.by_pod.remove(&pod.id).unwrap_or_default() {
+            self.containers.remove(&container.record.id);
+        }
+    }
 }
 
 impl Pods {
@@ -325,25 +373,19 @@ impl Pods {
     /// Makes a container visible.
     pub fn insert_container(&self, container: Arc<Container>) {
         let pod = Arc::clone(&container.pod);
-        let id = container.record.id.clone();
-        self.write().containers.insert(id, container);
+        self.write().insert_container(container);
         self.publish(&pod, false);
     }
 
     /// Forgets a pod and its containers.
     pub fn remove(&self, pod: &Arc<Pod>) {
-        let mut inner = self.write();
-        inner.pods.remove(&pod.id);
-        inner
-            .containers
-            .retain(|_, container| container.record.sandbox_id != pod.id);
-        drop(inner);
+        self.write().remove(pod);
         self.publish(pod, true);
     }
 
     /// Forgets a container.
     pub fn remove_container(&self, container: &Container) {
-        self.write().containers.remove(&container.record.id);
+        self.write().remove_container(container);
         self.publish(&container.pod, false);
     }
 
@@ -434,14 +476,7 @@ impl Pods {
 
     /// The containers of one pod, oldest first.
     pub fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
-        let inner = self.read();
-        let all = inner.containers.values();
-        let mut containers: Vec<_> = all
-            .filter(|container| container.record.sandbox_id == pod_id)
-            .cloned()
-            .collect();
-        containers.sort_by_key(|container| container.record.created_ns);
-        containers
+        self.read().by_pod.get(pod_id).cloned().unwrap_or_default()
     }
 }
 
@@ -508,5 +543,33 @@ mod tests {
         let pod = pod(&Names::default(), 5);
         pod.begin_stop();
         assert!(matches!(pod.ready_monitor(), Err(Error::Precondition(_))));
+    }
+    #[test]
+    fn containers_are_listed_oldest_first_until_they_or_their_pod_are_gone() {
+        let names = Names::default();
+        let pods = Pods::default();
+        let pod = Arc::new(pod(&names, 1));
+        pods.insert(&pod);
+        for (id, created_ns) in [("young", 2), ("old", 1), ("gone", 3)] {
+            let record = ContainerRecord {
+                id: id.into(),
+                sandbox_id: pod.id.clone(),
+                created_ns,
+                ..Default::default()
+            };
+            let name = names.reserve("container", id.into(), id).unwrap();
+            pods.insert_container(Arc::new(Container::new(record, Arc::clone(&pod), name)));
+        }
+        let ids = |containers: Vec<Arc<Container>>| -> Vec<_> {
+            let ids = containers
+                .iter()
+                .map(|container| container.record.id.clone());
+            ids.collect()
+        };
+        pods.remove_container(&pods.find_container("gone").unwrap());
+        assert_eq!(ids(pods.containers_of(&pod.id)), ["old", "young"]);
+        assert_eq!(ids(pods.all_containers()), ["old", "young"]);
+        pods.remove(&pod);
+        assert!(pods.containers_of(&pod.id).is_empty() && pods.all_containers().is_empty());
     }
 }

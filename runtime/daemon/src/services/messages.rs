@@ -11,18 +11,19 @@ use crate::spec::signal;
 use crate::store::SandboxRecord;
 
 pub fn pod_item(pod: &Pod) -> cri::PodSandbox {
-    let record = pod.record();
-    let annotations = annotations(&record);
-    let config = record.config.unwrap_or_default();
-    cri::PodSandbox {
-        id: record.id,
-        metadata: config.metadata,
-        state: pod.cri_state() as i32,
-        created_at: record.created_ns,
-        labels: config.labels,
-        annotations,
-        runtime_handler: record.runtime_handler,
-    }
+    let state = pod.cri_state() as i32;
+    pod.look(|record| {
+        let config = record.config.as_ref();
+        cri::PodSandbox {
+            id: record.id.clone(),
+            metadata: config.and_then(|config| config.metadata.clone()),
+            state,
+            created_at: record.created_ns,
+            labels: config.map_or_else(HashMap::new, |config| config.labels.clone()),
+            annotations: annotations(record),
+            runtime_handler: record.runtime_handler.clone(),
+        }
+    })
 }
 
 pub fn pod_status(pod: &Pod, state: cri::PodSandboxState) -> cri::PodSandboxStatus {
@@ -59,8 +60,8 @@ pub fn pod_status(pod: &Pod, state: cri::PodSandboxState) -> cri::PodSandboxStat
 
 /// The pod's own, and for one that was routed where and why.
 fn annotations(record: &SandboxRecord) -> HashMap<String, String> {
-    let config = record.config.clone().unwrap_or_default();
-    let mut annotations = config.annotations;
+    let config = record.config.as_ref();
+    let mut annotations = config.map_or_else(HashMap::new, |config| config.annotations.clone());
     if !record.routed.is_empty() {
         annotations.insert(ROUTED_TO.into(), record.handler.clone());
         annotations.insert(ROUTED_BECAUSE.into(), record.routed.clone());
@@ -97,17 +98,17 @@ pub fn labels_match(labels: &HashMap<String, String>, selector: &HashMap<String,
 
 pub fn container_item(container: &Container) -> cri::Container {
     let record = &container.record;
-    let config = record.config.clone().unwrap_or_default();
+    let config = record.config.as_ref();
     cri::Container {
         id: record.id.clone(),
         pod_sandbox_id: record.sandbox_id.clone(),
-        metadata: config.metadata,
-        image: config.image,
+        metadata: config.and_then(|config| config.metadata.clone()),
+        image: config.and_then(|config| config.image.clone()),
         image_ref: record.image_id.clone(),
-        state: cri_state(&container.state()) as i32,
+        state: cri_state(container.phase()) as i32,
         created_at: record.created_ns,
-        labels: config.labels,
-        annotations: config.annotations,
+        labels: config.map_or_else(HashMap::new, |config| config.labels.clone()),
+        annotations: config.map_or_else(HashMap::new, |config| config.annotations.clone()),
         image_id: record.image_id.clone(),
     }
 }
@@ -118,7 +119,7 @@ pub fn container_status(container: &Container, state: monitor::Container) -> cri
     cri::ContainerStatus {
         id: record.id.clone(),
         metadata: config.metadata,
-        state: cri_state(&state) as i32,
+        state: cri_state(state.state()) as i32,
         created_at: record.created_ns,
         started_at: state.started_ns as i64,
         finished_at: state.finished_ns as i64,
@@ -166,8 +167,8 @@ pub fn event(event: &Event) -> cri::ContainerEventResponse {
     }
 }
 
-fn cri_state(state: &monitor::Container) -> cri::ContainerState {
-    match state.state() {
+fn cri_state(state: monitor::ContainerState) -> cri::ContainerState {
+    match state {
         monitor::ContainerState::Created => cri::ContainerState::ContainerCreated,
         monitor::ContainerState::Running => cri::ContainerState::ContainerRunning,
         monitor::ContainerState::Exited => cri::ContainerState::ContainerExited,

@@ -11,6 +11,7 @@ use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::pod::{Container, Pod};
 use crate::services::messages::labels_match;
+use crate::store::SandboxRecord;
 
 /// The interface that a network plugin makes for a pod.
 const DEFAULT_INTERFACE: &str = "eth0";
@@ -57,10 +58,10 @@ impl Daemon {
             pod.id.starts_with(&filter.id)
                 && pod.cri_state() == cri::PodSandboxState::SandboxReady
                 && (filter.label_selector.is_empty()
-                    || labels_match(
-                        &pod.record().config.unwrap_or_default().labels,
-                        &filter.label_selector,
-                    ))
+                    || pod.look(|record| {
+                        let config = record.config.as_ref();
+                        config.is_some_and(|c| labels_match(&c.labels, &filter.label_selector))
+                    }))
         };
         let pods = self.pods.all().into_iter();
         pods.filter(move |pod| matches(pod))
@@ -84,12 +85,11 @@ impl Daemon {
 
     fn pod_sandbox_stats(&self, pod: &Pod) -> cri::PodSandboxStats {
         pod.samples.want();
-        let record = pod.record();
-        let config = record.config.unwrap_or_default();
+        let (attributes, created_ns) = pod.look(|record| (attributes(record), record.created_ns));
         let sample = pod.samples.newest().unwrap_or_default();
         // A pod that was not looked at yet has used nothing since it was made.
         let time_ns = match sample.time_ns {
-            0 => record.created_ns,
+            0 => created_ns,
             time_ns => time_ns as i64,
         };
         let mountpoint = self.images_dir().display().to_string();
@@ -98,12 +98,7 @@ impl Daemon {
         let processes = sample.containers.values();
         let processes = processes.filter_map(|container| container.sample.processes);
         cri::PodSandboxStats {
-            attributes: Some(cri::PodSandboxAttributes {
-                id: record.id,
-                metadata: config.metadata,
-                labels: config.labels,
-                annotations: config.annotations,
-            }),
+            attributes: Some(attributes),
             linux: Some(cri::LinuxPodSandboxStats {
                 // All that the node pays for the pod, as where cAdvisor looks at the pod's group.
                 cpu: Some(cpu(&cost.usage, cost.nano_cores, time_ns)),
@@ -123,6 +118,16 @@ impl Daemon {
                 }),
             }),
         }
+    }
+}
+
+fn attributes(record: &SandboxRecord) -> cri::PodSandboxAttributes {
+    let config = record.config.as_ref();
+    cri::PodSandboxAttributes {
+        id: record.id.clone(),
+        metadata: config.and_then(|config| config.metadata.clone()),
+        labels: config.map(|c| c.labels.clone()).unwrap_or_default(),
+        annotations: config.map(|c| c.annotations.clone()).unwrap_or_default(),
     }
 }
 
