@@ -161,6 +161,17 @@ impl Error {
     }
 }
 
+/// What was looked for, or `None`: for who wants it to be gone.
+///
+/// # Errors
+/// It was not looked for: the id is ambiguous or none.
+pub fn if_there<T>(found: Result<T>) -> Result<Option<T>> {
+    match found {
+        Err(Error::NotFound { .. }) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
 fn pull_code(error: &PullError) -> Code {
     match error {
         PullError::InvalidReference(_) => Code::InvalidArgument,

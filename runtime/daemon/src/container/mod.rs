@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use tracing::{Instrument, warn};
 
 use crate::daemon::{Daemon, now_ns, within};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, if_there};
 use crate::ids;
 use crate::monitor::Monitor;
 use crate::pod::{Container, Pod, START_ERROR};
@@ -251,10 +251,8 @@ impl Daemon {
     /// # Errors
     /// The guest does not answer.
     pub async fn stop_container(&self, id: &str, grace_s: i64) -> Result<()> {
-        let container = match self.pods.find_container(id) {
-            Ok(container) => container,
-            Err(Error::NotFound { .. }) => return Ok(()),
-            Err(error) => return Err(error),
+        let Some(container) = if_there(self.pods.find_container(id))? else {
+            return Ok(());
         };
         if container.state().state() != monitor::ContainerState::Running {
             return Ok(());
@@ -284,10 +282,8 @@ impl Daemon {
     /// # Errors
     /// The guest does not answer.
     pub async fn remove_container(&self, id: &str) -> Result<()> {
-        let container = match self.pods.find_container(id) {
-            Ok(container) => container,
-            Err(Error::NotFound { .. }) => return Ok(()),
-            Err(error) => return Err(error),
+        let Some(container) = if_there(self.pods.find_container(id))? else {
+            return Ok(());
         };
         if container.state().state() == monitor::ContainerState::Running {
             self.stop_running(&container, Duration::ZERO).await?;

@@ -10,7 +10,7 @@ use tracing::warn;
 
 use crate::cgroup::PodCgroup;
 use crate::daemon::{Daemon, now_ns, within};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, if_there};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
 use crate::{heap, host, inventory};
@@ -27,10 +27,8 @@ impl Daemon {
     /// # Errors
     /// Something could not be released: a later call goes on.
     pub async fn stop_pod_sandbox(&self, id: &str) -> Result<()> {
-        let pod = match self.pods.find(id) {
-            Ok(pod) => pod,
-            Err(Error::NotFound { .. }) => return Ok(()),
-            Err(error) => return Err(error),
+        let Some(pod) = if_there(self.pods.find(id))? else {
+            return Ok(());
         };
         let _one_at_a_time = pod.lifecycle.lock().await;
         self.stop(&pod).await
@@ -84,10 +82,8 @@ impl Daemon {
     /// # Errors
     /// As [`Self::stop_pod_sandbox`].
     pub async fn remove_pod_sandbox(&self, id: &str) -> Result<()> {
-        let pod = match self.pods.find(id) {
-            Ok(pod) => pod,
-            Err(Error::NotFound { .. }) => return Ok(()),
-            Err(error) => return Err(error),
+        let Some(pod) = if_there(self.pods.find(id))? else {
+            return Ok(());
         };
         let _one_at_a_time = pod.lifecycle.lock().await;
         self.stop(&pod).await?;
