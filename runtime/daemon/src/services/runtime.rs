@@ -12,6 +12,7 @@ use tracing::{Level, instrument};
 use super::{answer, events, lists, messages, status};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::Result;
+use crate::heap;
 use crate::stats::metrics;
 use crate::streaming::StreamingServer;
 
@@ -357,6 +358,7 @@ impl RuntimeService for Runtime {
     ) -> Result<Response<cri::ListPodSandboxStatsResponse>, Status> {
         let stats = self.daemon.pod_stats(request.into_inner().filter);
         let stats = stats.collect();
+        heap::give_back();
         answer(Level::DEBUG, Ok(cri::ListPodSandboxStatsResponse { stats }))
     }
 
@@ -385,6 +387,8 @@ impl RuntimeService for Runtime {
         _request: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Result<Response<cri::ListPodSandboxMetricsResponse>, Status> {
         let pod_metrics = self.daemon.pod_metrics().collect();
+        // 16 KiB for each container.
+        heap::give_back();
         answer(
             Level::DEBUG,
             Ok(cri::ListPodSandboxMetricsResponse { pod_metrics }),
