@@ -18,6 +18,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .build_transport(false)
         // A list of empty samples, which a guest may send, stays small.
         .boxed(".podvisor.agent.v1.ContainerSample.usage")
+        // For kubelets list all day.
+        .extern_path(
+            ".runtime.v1.ListPodSandboxResponse",
+            "crate::cri::ListPodSandboxResponse",
+        )
+        .extern_path(
+            ".runtime.v1.ListContainersResponse",
+            "crate::cri::ListContainersResponse",
+        )
         .skip_debug(["runtime.v1.AuthConfig", "runtime.v1.PullImageRequest"])
         .compile_fds(descriptors)?;
     Ok(())

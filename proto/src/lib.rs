@@ -7,13 +7,17 @@
 //! | [`monitor`] | `monitor/v1/monitor.proto`  | podvisord, the CLI → podvisor-monitor       |
 //! | [`agent`]   | `agent/v1/agent.proto`      | podvisor-monitor → podvisor-agent           |
 //!
-//! The definitions carry the documentation.
+//! The definitions carry the documentation. Two messages are not generated: [`list`].
+
+pub mod list;
 
 /// Generated code, nested as the protobuf packages are.
 #[allow(missing_docs, unused_qualifications, clippy::all, clippy::pedantic)]
 mod packages {
     pub mod runtime_v1 {
         tonic::include_proto!("runtime.v1");
+        pub type ListPodSandboxResponse = crate::list::List<PodSandbox>;
+        pub type ListContainersResponse = crate::list::List<Container>;
     }
     pub mod control {
         pub mod v1 {

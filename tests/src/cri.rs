@@ -156,7 +156,7 @@ impl Cri {
             c.list_containers(all).await
         })
         .expect("ListContainers")
-        .containers
+        .items
     }
 
     /// `ContainerStatus` of a container that is there.

@@ -54,7 +54,7 @@ async fn collect(daemon: &mut Daemon) -> Result<Vec<Pod>, ClientError> {
         .await
         .map_err(client::failed("ListContainers"))?
         .into_inner()
-        .containers;
+        .items;
     containers.sort_by_key(|container| container.created_at);
 
     let mut pods = Vec::with_capacity(sandboxes.len());

@@ -5,11 +5,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use podvisor_proto::{cri, monitor};
+use prost::Message;
+use prost::bytes::Bytes;
 
 use crate::error::{Error, Result};
 use crate::events::{Events, Told, View};
 use crate::ids::{self, Reservation};
 use crate::monitor::Monitor;
+use crate::services::messages;
 use crate::stats::Samples;
 use crate::store::{ContainerRecord, Phase, SandboxRecord};
 use crate::volumes::FsServer;
@@ -31,6 +34,8 @@ pub struct Pod {
     pub volumes: tokio::sync::Mutex<Option<Arc<FsServer>>>,
     /// What it uses.
     pub samples: Arc<Samples>,
+    /// What lists say of it, but for its state.
+    pub listed: Bytes,
     _name: Reservation,
     state: Mutex<State>,
     /// To subscribers of events. Taken before the state and the lists are.
@@ -52,6 +57,8 @@ pub struct Container {
     pub record: ContainerRecord,
     /// Where it runs.
     pub pod: Arc<Pod>,
+    /// What lists say of it, but for its state.
+    pub listed: Bytes,
     /// Serialises changes of its limits.
     pub updating: tokio::sync::Mutex<()>,
     limits: Mutex<cri::LinuxContainerResources>,
@@ -70,6 +77,7 @@ impl Pod {
     ) -> Self {
         Self {
             id: record.id.clone(),
+            listed: messages::pod_item(&record).encode_to_vec().into(),
             lifecycle: tokio::sync::Mutex::default(),
             volumes: tokio::sync::Mutex::default(),
             samples: Arc::default(),
@@ -246,6 +254,7 @@ impl Container {
             .and_then(|linux| linux.resources.clone())
             .unwrap_or_default();
         Self {
+            listed: messages::container_item(&record).encode_to_vec().into(),
             record,
             pod,
             updating: tokio::sync::Mutex::default(),

@@ -221,6 +221,7 @@ impl RuntimeService for Shared {
                 id: POD.into(),
                 ..Default::default()
             }],
+            encoded: vec![],
         }))
     }
 

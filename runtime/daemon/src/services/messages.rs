@@ -2,28 +2,38 @@
 
 use std::collections::HashMap;
 
+use podvisor_proto::list::Encoded;
 use podvisor_proto::{cri, monitor};
 
 use crate::events::Event;
 use crate::handlers::{ROUTED_BECAUSE, ROUTED_TO};
 use crate::pod::{Container, Pod};
 use crate::spec::signal;
-use crate::store::SandboxRecord;
+use crate::store::{ContainerRecord, SandboxRecord};
 
-pub fn pod_item(pod: &Pod) -> cri::PodSandbox {
-    let state = pod.cri_state() as i32;
-    pod.look(|record| {
-        let config = record.config.as_ref();
-        cri::PodSandbox {
-            id: record.id.clone(),
-            metadata: config.and_then(|config| config.metadata.clone()),
-            state,
-            created_at: record.created_ns,
-            labels: config.map_or_else(HashMap::new, |config| config.labels.clone()),
-            annotations: annotations(record),
-            runtime_handler: record.runtime_handler.clone(),
-        }
-    })
+/// A pod in lists, without its state.
+pub fn pod_item(record: &SandboxRecord) -> cri::PodSandbox {
+    let config = record.config.as_ref();
+    cri::PodSandbox {
+        id: record.id.clone(),
+        metadata: config.and_then(|config| config.metadata.clone()),
+        created_at: record.created_ns,
+        labels: config.map_or_else(HashMap::new, |config| config.labels.clone()),
+        annotations: annotations(record),
+        runtime_handler: record.runtime_handler.clone(),
+        ..cri::PodSandbox::default()
+    }
+}
+
+/// The same, encoded, with its state.
+pub fn listed_pod(pod: &Pod) -> Encoded<cri::PodSandbox> {
+    Encoded {
+        fixed: pod.listed.clone(),
+        rest: cri::PodSandbox {
+            state: pod.cri_state() as i32,
+            ..cri::PodSandbox::default()
+        },
+    }
 }
 
 pub fn pod_status(pod: &Pod, state: cri::PodSandboxState) -> cri::PodSandboxStatus {
@@ -69,24 +79,26 @@ fn annotations(record: &SandboxRecord) -> HashMap<String, String> {
     annotations
 }
 
-pub fn pod_matches(item: &cri::PodSandbox, filter: &cri::PodSandboxFilter) -> bool {
-    (filter.id.is_empty() || item.id.starts_with(&filter.id))
-        && filter
-            .state
-            .as_ref()
-            .is_none_or(|wanted| wanted.state == item.state)
-        && labels_match(&item.labels, &filter.label_selector)
+pub fn pod_matches(pod: &Pod, filter: &cri::PodSandboxFilter) -> bool {
+    let wanted = filter.state.as_ref();
+    pod.id.starts_with(&filter.id)
+        && wanted.is_none_or(|wanted| wanted.state == pod.cri_state() as i32)
+        && (filter.label_selector.is_empty()
+            || pod.look(|record| {
+                let config = record.config.as_ref();
+                config.is_some_and(|config| labels_match(&config.labels, &filter.label_selector))
+            }))
 }
 
-pub fn container_matches(item: &cri::Container, filter: &cri::ContainerFilter) -> bool {
-    (filter.id.is_empty() || item.id.starts_with(&filter.id))
-        && (filter.pod_sandbox_id.is_empty()
-            || item.pod_sandbox_id.starts_with(&filter.pod_sandbox_id))
-        && filter
-            .state
-            .as_ref()
-            .is_none_or(|wanted| wanted.state == item.state)
-        && labels_match(&item.labels, &filter.label_selector)
+pub fn container_matches(container: &Container, filter: &cri::ContainerFilter) -> bool {
+    let record = &container.record;
+    let config = record.config.as_ref();
+    let wanted = filter.state.as_ref();
+    record.id.starts_with(&filter.id)
+        && record.sandbox_id.starts_with(&filter.pod_sandbox_id)
+        && wanted.is_none_or(|wanted| wanted.state == cri_state(container.phase()) as i32)
+        && (filter.label_selector.is_empty()
+            || config.is_some_and(|c| labels_match(&c.labels, &filter.label_selector)))
 }
 
 /// Whether an object has all labels of a selector.
@@ -96,8 +108,8 @@ pub fn labels_match(labels: &HashMap<String, String>, selector: &HashMap<String,
         .all(|(key, value)| labels.get(key) == Some(value))
 }
 
-pub fn container_item(container: &Container) -> cri::Container {
-    let record = &container.record;
+/// A container in lists, without its state.
+pub fn container_item(record: &ContainerRecord) -> cri::Container {
     let config = record.config.as_ref();
     cri::Container {
         id: record.id.clone(),
@@ -105,11 +117,22 @@ pub fn container_item(container: &Container) -> cri::Container {
         metadata: config.and_then(|config| config.metadata.clone()),
         image: config.and_then(|config| config.image.clone()),
         image_ref: record.image_id.clone(),
-        state: cri_state(container.phase()) as i32,
         created_at: record.created_ns,
         labels: config.map_or_else(HashMap::new, |config| config.labels.clone()),
         annotations: config.map_or_else(HashMap::new, |config| config.annotations.clone()),
         image_id: record.image_id.clone(),
+        ..cri::Container::default()
+    }
+}
+
+/// The same, encoded, with its state.
+pub fn listed_container(container: &Container) -> Encoded<cri::Container> {
+    Encoded {
+        fixed: container.listed.clone(),
+        rest: cri::Container {
+            state: cri_state(container.phase()) as i32,
+            ..cri::Container::default()
+        },
     }
 }
 
@@ -167,7 +190,7 @@ pub fn event(event: &Event) -> cri::ContainerEventResponse {
     }
 }
 
-fn cri_state(state: monitor::ContainerState) -> cri::ContainerState {
+pub fn cri_state(state: monitor::ContainerState) -> cri::ContainerState {
     match state {
         monitor::ContainerState::Created => cri::ContainerState::ContainerCreated,
         monitor::ContainerState::Running => cri::ContainerState::ContainerRunning,
@@ -177,28 +200,53 @@ fn cri_state(state: monitor::ContainerState) -> cri::ContainerState {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::ids::Names;
 
     #[test]
     fn filters_are_joined_by_and() {
-        let item = cri::Container {
-            id: "abc".into(),
-            pod_sandbox_id: "pod".into(),
-            state: cri::ContainerState::ContainerExited as i32,
-            labels: HashMap::from([("app".into(), "web".into()), ("x".into(), "y".into())]),
+        let map = |pairs: &[(&str, &str)]| -> HashMap<String, String> {
+            let pairs = pairs.iter();
+            pairs
+                .map(|&(key, value)| (key.into(), value.into()))
+                .collect()
+        };
+        let names = Names::default();
+        let pod = SandboxRecord {
+            id: "pod".into(),
             ..Default::default()
         };
+        let name = names.reserve("sandbox", "pod".into(), "pod").unwrap();
+        let pod = Arc::new(Pod::new(pod, name, Default::default(), None));
+        let record = ContainerRecord {
+            id: "abc".into(),
+            sandbox_id: "pod".into(),
+            config: Some(cri::ContainerConfig {
+                labels: map(&[("app", "web"), ("x", "y")]),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let name = names.reserve("container", "abc".into(), "abc").unwrap();
+        // Its monitor never told of it: it has exited.
+        let container = Container::new(record, pod, name);
         let mut filter = cri::ContainerFilter::default();
-        assert!(container_matches(&item, &filter));
-        filter.label_selector.insert("app".into(), "web".into());
+        assert!(container_matches(&container, &filter));
+        filter.label_selector = map(&[("app", "web")]);
         filter.id = "ab".into();
-        assert!(container_matches(&item, &filter));
-        filter.state = Some(cri::ContainerStateValue {
-            state: cri::ContainerState::ContainerRunning as i32,
-        });
-        assert!(!container_matches(&item, &filter));
-        filter.state = None;
-        filter.label_selector.insert("x".into(), "z".into());
-        assert!(!container_matches(&item, &filter));
+        filter.pod_sandbox_id = "po".into();
+        assert!(container_matches(&container, &filter));
+        for (state, matches) in [
+            (cri::ContainerState::ContainerRunning, false),
+            (cri::ContainerState::ContainerExited, true),
+        ] {
+            let state = state as i32;
+            filter.state = Some(cri::ContainerStateValue { state });
+            assert_eq!(container_matches(&container, &filter), matches);
+        }
+        filter.label_selector = map(&[("app", "web"), ("x", "z")]);
+        assert!(!container_matches(&container, &filter));
     }
 }

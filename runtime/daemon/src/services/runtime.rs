@@ -13,6 +13,7 @@ use super::{answer, events, lists, messages, status};
 use crate::daemon::{Daemon, now_ns};
 use crate::error::Result;
 use crate::heap;
+use crate::pod::{Container, Pod};
 use crate::stats::metrics;
 use crate::streaming::StreamingServer;
 
@@ -29,25 +30,22 @@ impl Runtime {
         Self { daemon, streaming }
     }
 
-    fn pod_items(
+    fn listed_pods(
         &self,
         filter: Option<cri::PodSandboxFilter>,
-    ) -> impl Iterator<Item = cri::PodSandbox> + Send + 'static {
+    ) -> impl Iterator<Item = Arc<Pod>> + Send + 'static {
         let filter = filter.unwrap_or_default();
         let pods = self.daemon.pods.all().into_iter();
-        pods.map(|pod| messages::pod_item(&pod))
-            .filter(move |item| messages::pod_matches(item, &filter))
+        pods.filter(move |pod| messages::pod_matches(pod, &filter))
     }
 
-    fn container_items(
+    fn listed_containers(
         &self,
         filter: Option<cri::ContainerFilter>,
-    ) -> impl Iterator<Item = cri::Container> + Send + 'static {
+    ) -> impl Iterator<Item = Arc<Container>> + Send + 'static {
         let filter = filter.unwrap_or_default();
         let containers = self.daemon.pods.all_containers().into_iter();
-        containers
-            .map(|container| messages::container_item(&container))
-            .filter(move |item| messages::container_matches(item, &filter))
+        containers.filter(move |container| messages::container_matches(container, &filter))
     }
 }
 
@@ -180,15 +178,24 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<cri::ListPodSandboxRequest>,
     ) -> Result<Response<cri::ListPodSandboxResponse>, Status> {
-        let items = self.pod_items(request.into_inner().filter).collect();
-        answer(Level::DEBUG, Ok(cri::ListPodSandboxResponse { items }))
+        let pods = self.listed_pods(request.into_inner().filter);
+        let encoded = pods.map(|pod| messages::listed_pod(&pod)).collect();
+        let items = Vec::new();
+        answer(
+            Level::DEBUG,
+            Ok(cri::ListPodSandboxResponse { items, encoded }),
+        )
     }
 
     async fn stream_pod_sandboxes(
         &self,
         request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Result<Response<BoxStream<cri::StreamPodSandboxesResponse>>, Status> {
-        let items = self.pod_items(request.into_inner().filter);
+        let pods = self.listed_pods(request.into_inner().filter);
+        let items = pods.map(|pod| cri::PodSandbox {
+            state: pod.cri_state() as i32,
+            ..pod.look(messages::pod_item)
+        });
         let message = |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes };
         answer(Level::DEBUG, Ok(lists::stream(items, message)))
     }
@@ -249,15 +256,24 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<cri::ListContainersRequest>,
     ) -> Result<Response<cri::ListContainersResponse>, Status> {
-        let containers = self.container_items(request.into_inner().filter).collect();
-        answer(Level::DEBUG, Ok(cri::ListContainersResponse { containers }))
+        let containers = self.listed_containers(request.into_inner().filter);
+        let encoded = containers.map(|container| messages::listed_container(&container));
+        let (items, encoded) = (Vec::new(), encoded.collect());
+        answer(
+            Level::DEBUG,
+            Ok(cri::ListContainersResponse { items, encoded }),
+        )
     }
 
     async fn stream_containers(
         &self,
         request: Request<cri::StreamContainersRequest>,
     ) -> Result<Response<BoxStream<cri::StreamContainersResponse>>, Status> {
-        let items = self.container_items(request.into_inner().filter);
+        let containers = self.listed_containers(request.into_inner().filter);
+        let items = containers.map(|container| cri::Container {
+            state: messages::cri_state(container.phase()) as i32,
+            ..messages::container_item(&container.record)
+        });
         let message = |containers| cri::StreamContainersResponse { containers };
         answer(Level::DEBUG, Ok(lists::stream(items, message)))
     }
