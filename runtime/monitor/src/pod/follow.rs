@@ -1,6 +1,11 @@
 //! Follow: each state of the pod, on a stream of the caller's.
 
+use std::fs::File;
+use std::io::Read;
+
 use podvisor_monitor::snapshots;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::relay;
 use super::{Pod, PodError};
@@ -19,7 +24,7 @@ impl Pod {
                 last = tokio::select! {
                     changed = states.changed() => changed.is_err(),
                     () = finished.cancelled() => true,
-                    () = relay::closed(&follower) => return,
+                    () = gone(&follower) => return,
                 };
                 let message = snapshots::encode(&states.borrow_and_update());
                 if relay::write_all(&follower, &message).await.is_err() {
@@ -29,4 +34,10 @@ impl Pod {
         });
         Ok(())
     }
+}
+
+/// Ends when the caller has closed its stream, on which it sends nothing.
+async fn gone(follower: &AsyncFd<File>) {
+    let read = |mut stream: &File| stream.read(&mut [0]);
+    while let Ok(1..) = follower.async_io(Interest::READABLE, read).await {}
 }

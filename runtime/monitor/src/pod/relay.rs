@@ -98,7 +98,7 @@ async fn one_way(from: &AsyncFd<File>, to: &AsyncFd<File>) {
 }
 
 /// Ends when the other side of a socket has closed both directions.
-pub async fn closed(socket: &AsyncFd<File>) {
+async fn closed(socket: &AsyncFd<File>) {
     // An error of epoll's would be an end as well.
     while let Ok(mut ready) = socket.ready(Interest::WRITABLE).await {
         if ready.ready().is_write_closed() {

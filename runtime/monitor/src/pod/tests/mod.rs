@@ -43,6 +43,15 @@ struct Rig {
 }
 
 impl Rig {
+    /// From now on its VM ends when it is killed.
+    fn has_a_vm_that_dies(&self) {
+        let pod = Arc::clone(&self.pod);
+        tokio::spawn(async move {
+            pod.guest().expect("a VM").kill().cancelled().await;
+            pod.set_gone("Shutdown", String::new()).await;
+        });
+    }
+
     /// Booting: the agent has not dialled.
     fn booting() -> Self {
         let dir = tempfile::tempdir().expect("temporary directory");
@@ -236,6 +245,7 @@ async fn a_follower_is_told_every_state_to_the_last() {
     assert_eq!(now.as_ref(), Some(&rig.pod.state().snapshot()));
     let id = rig.run("a", "true").await;
     rig.exited(&id).await;
+    rig.has_a_vm_that_dies();
     rig.pod.shutdown(Duration::ZERO).await;
     let mut last = now;
     let rest = async {
@@ -243,9 +253,8 @@ async fn a_follower_is_told_every_state_to_the_last() {
             last = Some(next);
         }
     };
-    timeout(Duration::from_secs(10), rest)
-        .await
-        .expect("an end");
+    let seconds = Duration::from_secs(10);
+    timeout(seconds, rest).await.expect("an end");
     assert_eq!(last, Some(rig.pod.state().snapshot()));
 }
 
@@ -496,11 +505,7 @@ async fn configure_tells_why_a_vm_did_not_boot() {
 async fn shutdown_ends_everything_and_saves_it() {
     let rig = Rig::ready().await;
     let id = rig.run("a", "sleep").await;
-    let pod = Arc::clone(&rig.pod);
-    tokio::spawn(async move {
-        pod.guest().expect("a VM").kill().cancelled().await;
-        pod.set_gone("Shutdown", String::new()).await;
-    });
+    rig.has_a_vm_that_dies();
     let (one, two) = tokio::join!(
         rig.pod.shutdown(Duration::from_millis(10)),
         rig.pod.shutdown(Duration::from_secs(1000)),
