@@ -1,6 +1,7 @@
 //! CRI's messages about pods and containers, made from what podvisord has in memory; filters of lists.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use podvisor_proto::list::Encoded;
 use podvisor_proto::{cri, monitor};
@@ -26,11 +27,11 @@ pub fn pod_item(record: &SandboxRecord) -> cri::PodSandbox {
 }
 
 /// The same, encoded, with its state.
-pub fn listed_pod(pod: &Pod) -> Encoded<cri::PodSandbox> {
+pub fn listed_pod((state, pod): (cri::PodSandboxState, Arc<Pod>)) -> Encoded<cri::PodSandbox> {
     Encoded {
         fixed: pod.listed.clone(),
         rest: cri::PodSandbox {
-            state: pod.cri_state() as i32,
+            state: state as i32,
             ..cri::PodSandbox::default()
         },
     }
@@ -79,10 +80,11 @@ fn annotations(record: &SandboxRecord) -> HashMap<String, String> {
     annotations
 }
 
-pub fn pod_matches(pod: &Pod, filter: &cri::PodSandboxFilter) -> bool {
+/// `state`: what the pod's was when it was looked at for this list.
+pub fn pod_matches(pod: &Pod, state: cri::PodSandboxState, filter: &cri::PodSandboxFilter) -> bool {
     let wanted = filter.state.as_ref();
     pod.id.starts_with(&filter.id)
-        && wanted.is_none_or(|wanted| wanted.state == pod.cri_state() as i32)
+        && wanted.is_none_or(|wanted| wanted.state == state as i32)
         && (filter.label_selector.is_empty()
             || pod.look(|record| {
                 let config = record.config.as_ref();
@@ -90,13 +92,18 @@ pub fn pod_matches(pod: &Pod, filter: &cri::PodSandboxFilter) -> bool {
             }))
 }
 
-pub fn container_matches(container: &Container, filter: &cri::ContainerFilter) -> bool {
+/// `state`: what the container's was when it was looked at for this list.
+pub fn container_matches(
+    container: &Container,
+    state: cri::ContainerState,
+    filter: &cri::ContainerFilter,
+) -> bool {
     let record = &container.record;
     let config = record.config.as_ref();
     let wanted = filter.state.as_ref();
     record.id.starts_with(&filter.id)
         && record.sandbox_id.starts_with(&filter.pod_sandbox_id)
-        && wanted.is_none_or(|wanted| wanted.state == cri_state(container.phase()) as i32)
+        && wanted.is_none_or(|wanted| wanted.state == state as i32)
         && (filter.label_selector.is_empty()
             || config.is_some_and(|c| labels_match(&c.labels, &filter.label_selector)))
 }
@@ -126,11 +133,13 @@ pub fn container_item(record: &ContainerRecord) -> cri::Container {
 }
 
 /// The same, encoded, with its state.
-pub fn listed_container(container: &Container) -> Encoded<cri::Container> {
+pub fn listed_container(
+    (state, container): (cri::ContainerState, Arc<Container>),
+) -> Encoded<cri::Container> {
     Encoded {
         fixed: container.listed.clone(),
         rest: cri::Container {
-            state: cri_state(container.phase()) as i32,
+            state: state as i32,
             ..cri::Container::default()
         },
     }
@@ -200,8 +209,6 @@ pub fn cri_state(state: monitor::ContainerState) -> cri::ContainerState {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::ids::Names;
 
@@ -230,23 +237,23 @@ mod tests {
             ..Default::default()
         };
         let name = names.reserve("container", "abc".into(), "abc").unwrap();
-        // Its monitor never told of it: it has exited.
         let container = Container::new(record, pod, name);
+        let exited = cri::ContainerState::ContainerExited;
+        let matches = |filter: &_| container_matches(&container, exited, filter);
         let mut filter = cri::ContainerFilter::default();
-        assert!(container_matches(&container, &filter));
+        assert!(matches(&filter));
         filter.label_selector = map(&[("app", "web")]);
         filter.id = "ab".into();
         filter.pod_sandbox_id = "po".into();
-        assert!(container_matches(&container, &filter));
-        for (state, matches) in [
-            (cri::ContainerState::ContainerRunning, false),
-            (cri::ContainerState::ContainerExited, true),
-        ] {
-            let state = state as i32;
-            filter.state = Some(cri::ContainerStateValue { state });
-            assert_eq!(container_matches(&container, &filter), matches);
+        assert!(matches(&filter));
+        for state in [exited, cri::ContainerState::ContainerRunning] {
+            filter.state = Some(cri::ContainerStateValue {
+                state: state as i32,
+            });
+            assert_eq!(matches(&filter), state == exited);
         }
+        filter.state = None;
         filter.label_selector = map(&[("app", "web"), ("x", "z")]);
-        assert!(!container_matches(&container, &filter));
+        assert!(!matches(&filter));
     }
 }

@@ -33,19 +33,24 @@ impl Runtime {
     fn listed_pods(
         &self,
         filter: Option<cri::PodSandboxFilter>,
-    ) -> impl Iterator<Item = Arc<Pod>> + Send + 'static {
+    ) -> impl Iterator<Item = (cri::PodSandboxState, Arc<Pod>)> + Send + 'static {
         let filter = filter.unwrap_or_default();
         let pods = self.daemon.pods.all().into_iter();
-        pods.filter(move |pod| messages::pod_matches(pod, &filter))
+        pods.map(|pod| (pod.cri_state(), pod))
+            .filter(move |(state, pod)| messages::pod_matches(pod, *state, &filter))
     }
 
     fn listed_containers(
         &self,
         filter: Option<cri::ContainerFilter>,
-    ) -> impl Iterator<Item = Arc<Container>> + Send + 'static {
+    ) -> impl Iterator<Item = (cri::ContainerState, Arc<Container>)> + Send + 'static {
         let filter = filter.unwrap_or_default();
         let containers = self.daemon.pods.all_containers().into_iter();
-        containers.filter(move |container| messages::container_matches(container, &filter))
+        containers
+            .map(|container| (messages::cri_state(container.phase()), container))
+            .filter(move |(state, container)| {
+                messages::container_matches(container, *state, &filter)
+            })
     }
 }
 
@@ -179,12 +184,11 @@ impl RuntimeService for Runtime {
         request: Request<cri::ListPodSandboxRequest>,
     ) -> Result<Response<cri::ListPodSandboxResponse>, Status> {
         let pods = self.listed_pods(request.into_inner().filter);
-        let encoded = pods.map(|pod| messages::listed_pod(&pod)).collect();
-        let items = Vec::new();
-        answer(
-            Level::DEBUG,
-            Ok(cri::ListPodSandboxResponse { items, encoded }),
-        )
+        let list = cri::ListPodSandboxResponse {
+            encoded: pods.map(messages::listed_pod).collect(),
+            ..Default::default()
+        };
+        answer(Level::DEBUG, Ok(list))
     }
 
     async fn stream_pod_sandboxes(
@@ -192,8 +196,8 @@ impl RuntimeService for Runtime {
         request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Result<Response<BoxStream<cri::StreamPodSandboxesResponse>>, Status> {
         let pods = self.listed_pods(request.into_inner().filter);
-        let items = pods.map(|pod| cri::PodSandbox {
-            state: pod.cri_state() as i32,
+        let items = pods.map(|(state, pod)| cri::PodSandbox {
+            state: state as i32,
             ..pod.look(messages::pod_item)
         });
         let message = |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes };
@@ -257,12 +261,11 @@ impl RuntimeService for Runtime {
         request: Request<cri::ListContainersRequest>,
     ) -> Result<Response<cri::ListContainersResponse>, Status> {
         let containers = self.listed_containers(request.into_inner().filter);
-        let encoded = containers.map(|container| messages::listed_container(&container));
-        let (items, encoded) = (Vec::new(), encoded.collect());
-        answer(
-            Level::DEBUG,
-            Ok(cri::ListContainersResponse { items, encoded }),
-        )
+        let list = cri::ListContainersResponse {
+            encoded: containers.map(messages::listed_container).collect(),
+            ..Default::default()
+        };
+        answer(Level::DEBUG, Ok(list))
     }
 
     async fn stream_containers(
@@ -270,8 +273,8 @@ impl RuntimeService for Runtime {
         request: Request<cri::StreamContainersRequest>,
     ) -> Result<Response<BoxStream<cri::StreamContainersResponse>>, Status> {
         let containers = self.listed_containers(request.into_inner().filter);
-        let items = containers.map(|container| cri::Container {
-            state: messages::cri_state(container.phase()) as i32,
+        let items = containers.map(|(state, container)| cri::Container {
+            state: state as i32,
             ..messages::container_item(&container.record)
         });
         let message = |containers| cri::StreamContainersResponse { containers };
