@@ -99,7 +99,7 @@ fn unknown_ids() {
             filter: Some(filter),
         };
         let answer = cri.call(async |mut c| c.list_containers(request).await);
-        assert_eq!(answer.expect("ListContainers").containers, vec![]);
+        assert_eq!(answer.expect("ListContainers").items, vec![]);
     }
     daemon.assert_nothing_left();
 }
