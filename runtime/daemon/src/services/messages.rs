@@ -226,7 +226,7 @@ mod tests {
             ..Default::default()
         };
         let name = names.reserve("sandbox", "pod".into(), "pod").unwrap();
-        let pod = Arc::new(Pod::new(pod, name, Default::default(), None));
+        let pod = Arc::new(Pod::new(pod, name, monitor::Snapshot::default(), None));
         let record = ContainerRecord {
             id: "abc".into(),
             sandbox_id: "pod".into(),
