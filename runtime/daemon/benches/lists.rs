@@ -25,11 +25,10 @@ use podvisor_monitor::snapshots;
 use podvisor_proto::agent::{self, SampleRequest, SampleResponse, Usage};
 use podvisor_proto::cri::{self, runtime_service_client::RuntimeServiceClient};
 use podvisor_proto::monitor::monitor_server::{Monitor, MonitorServer};
-use podvisor_proto::monitor::{self, FollowRequest, FollowResponse, Snapshot, WatchRequest};
+use podvisor_proto::monitor::{self, FollowRequest, FollowResponse, Snapshot};
 use prost::Message;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::codegen::BoxStream;
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status};
 
@@ -371,17 +370,6 @@ impl FakeMonitor {
 
 #[tonic::async_trait]
 impl Monitor for FakeMonitor {
-    async fn watch(
-        &self,
-        _request: Request<WatchRequest>,
-    ) -> Result<Response<BoxStream<Snapshot>>, Status> {
-        let first = tokio_stream::once(Ok(self.snapshot()));
-        let rest = tokio_stream::pending();
-        Ok(Response::new(Box::pin(tokio_stream::StreamExt::chain(
-            first, rest,
-        ))))
-    }
-
     async fn follow(
         &self,
         request: Request<FollowRequest>,

@@ -13,13 +13,13 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use podvisor_monitor::fd_socket::Token;
 use podvisor_monitor::launcher;
+use podvisor_monitor::snapshots::{self, MAX_SNAPSHOT};
 use podvisor_proto::monitor::monitor_client::MonitorClient;
-use podvisor_proto::monitor::{FollowRequest, Launch, Snapshot, WatchRequest};
+use podvisor_proto::monitor::{FollowRequest, Launch, Snapshot};
 use prost::Message;
 use tokio::io::AsyncWriteExt;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
-use tokio_stream::StreamExt;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::cgroup::PodCgroup;
@@ -33,9 +33,6 @@ const MAX_MESSAGE: usize = 33 << 20;
 
 /// How long a monitor that lives may take to tell its state.
 const FIRST_STATE: Duration = Duration::from_secs(2);
-
-/// A snapshot on disk is never larger; what is, was not written by a monitor.
-const MAX_STATE_FILE: u64 = 4 << 20;
 
 /// A sandbox's folder, to reach the sockets in it however long its path is: a socket address holds
 /// 108 bytes (unix(7)), an id alone 64.
@@ -245,8 +242,8 @@ impl Monitor {
     /// The state it tells now. `None` from one that does not answer in time: it is *unknown*.
     pub async fn first_state(&self) -> Option<Snapshot> {
         let ask = async {
-            let stream = self.client().watch(WatchRequest {}).await.ok()?;
-            stream.into_inner().next().await?.ok()
+            let mut stream = self.follow().await.ok()?;
+            snapshots::read(&mut stream).await.ok()?
         };
         tokio::time::timeout(FIRST_STATE, ask).await.ok()?
     }
@@ -296,7 +293,8 @@ impl Monitor {
 /// The last state that a monitor wrote in its sandbox's folder.
 pub fn read_state_file(dir: &Path) -> Option<Snapshot> {
     let path = dir.join("state");
-    if std::fs::metadata(&path).ok()?.len() > MAX_STATE_FILE {
+    // What is larger was not written by a monitor.
+    if std::fs::metadata(&path).ok()?.len() > u64::from(MAX_SNAPSHOT) {
         return None;
     }
     Snapshot::decode(std::fs::read(&path).ok()?.as_slice()).ok()
@@ -322,7 +320,7 @@ mod tests {
     fn an_oversized_state_file_is_not_read() {
         let dir = tempfile::tempdir().unwrap();
         let file = std::fs::File::create(dir.path().join("state")).unwrap();
-        file.set_len(MAX_STATE_FILE + 1).unwrap();
+        file.set_len(u64::from(MAX_SNAPSHOT) + 1).unwrap();
         assert!(read_state_file(dir.path()).is_none());
         file.set_len(0).unwrap();
         assert_eq!(read_state_file(dir.path()), Some(Snapshot::default()));

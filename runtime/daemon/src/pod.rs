@@ -106,6 +106,14 @@ impl Pod {
         look(&self.state().record)
     }
 
+    /// Whether it has all labels of a selector.
+    pub fn has_labels(&self, selector: &HashMap<String, String>) -> bool {
+        self.look(|record| {
+            let config = record.config.as_ref();
+            has_labels(config.map(|config| &config.labels), selector)
+        })
+    }
+
     /// Its podvisor-fs was started. Returns the record to be kept.
     pub fn set_fs(&self, pid: u32, start: u64) -> SandboxRecord {
         let mut state = self.state();
@@ -227,6 +235,14 @@ impl Pod {
     }
 }
 
+fn has_labels(
+    labels: Option<&HashMap<String, String>>,
+    selector: &HashMap<String, String>,
+) -> bool {
+    let mut wanted = selector.iter();
+    wanted.all(|(key, value)| labels.is_some_and(|labels| labels.get(key) == Some(value)))
+}
+
 /// Marks a dead VM's sandbox stopped and its containers exited.
 fn bury(snapshot: &mut monitor::Snapshot, reason: &str, now_ns: u64) {
     if snapshot.state != monitor::SandboxState::Stopped as i32 {
@@ -262,6 +278,12 @@ impl Container {
             last: Mutex::default(),
             _name: name,
         }
+    }
+
+    /// Whether it has all labels of a selector.
+    pub fn has_labels(&self, selector: &HashMap<String, String>) -> bool {
+        let config = self.record.config.as_ref();
+        has_labels(config.map(|config| &config.labels), selector)
     }
 
     /// Its limits.

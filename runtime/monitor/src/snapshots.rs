@@ -6,7 +6,7 @@ use podvisor_proto::monitor::Snapshot;
 use prost::Message;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// The largest that is read, bytes.
+/// The largest that is read, here or from a file, bytes.
 pub const MAX_SNAPSHOT: u32 = 4 << 20;
 
 /// A snapshot as it is sent.

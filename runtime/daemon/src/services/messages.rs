@@ -85,11 +85,7 @@ pub fn pod_matches(pod: &Pod, state: cri::PodSandboxState, filter: &cri::PodSand
     let wanted = filter.state.as_ref();
     pod.id.starts_with(&filter.id)
         && wanted.is_none_or(|wanted| wanted.state == state as i32)
-        && (filter.label_selector.is_empty()
-            || pod.look(|record| {
-                let config = record.config.as_ref();
-                config.is_some_and(|config| labels_match(&config.labels, &filter.label_selector))
-            }))
+        && pod.has_labels(&filter.label_selector)
 }
 
 /// `state`: what the container's was when it was looked at for this list.
@@ -99,20 +95,11 @@ pub fn container_matches(
     filter: &cri::ContainerFilter,
 ) -> bool {
     let record = &container.record;
-    let config = record.config.as_ref();
     let wanted = filter.state.as_ref();
     record.id.starts_with(&filter.id)
         && record.sandbox_id.starts_with(&filter.pod_sandbox_id)
         && wanted.is_none_or(|wanted| wanted.state == state as i32)
-        && (filter.label_selector.is_empty()
-            || config.is_some_and(|c| labels_match(&c.labels, &filter.label_selector)))
-}
-
-/// Whether an object has all labels of a selector.
-pub fn labels_match(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
-    selector
-        .iter()
-        .all(|(key, value)| labels.get(key) == Some(value))
+        && container.has_labels(&filter.label_selector)
 }
 
 /// A container in lists, without its state.

@@ -10,7 +10,6 @@ use super::{Measured, Sample, working_set};
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::pod::{Container, Pod};
-use crate::services::messages::labels_match;
 use crate::store::SandboxRecord;
 
 /// The interface that a network plugin makes for a pod.
@@ -24,11 +23,9 @@ impl Daemon {
     ) -> impl Iterator<Item = cri::ContainerStats> + Send + use<> {
         let filter = filter.unwrap_or_default();
         let matches = move |container: &Container| {
-            let config = container.record.config.as_ref();
             container.record.id.starts_with(&filter.id)
                 && container.pod.id.starts_with(&filter.pod_sandbox_id)
-                && (filter.label_selector.is_empty()
-                    || config.is_some_and(|c| labels_match(&c.labels, &filter.label_selector)))
+                && container.has_labels(&filter.label_selector)
         };
         let mountpoint = self.images_dir().display().to_string();
         let containers = self.pods.all_containers().into_iter();
@@ -57,11 +54,7 @@ impl Daemon {
         let matches = move |pod: &Pod| {
             pod.id.starts_with(&filter.id)
                 && pod.cri_state() == cri::PodSandboxState::SandboxReady
-                && (filter.label_selector.is_empty()
-                    || pod.look(|record| {
-                        let config = record.config.as_ref();
-                        config.is_some_and(|c| labels_match(&c.labels, &filter.label_selector))
-                    }))
+                && pod.has_labels(&filter.label_selector)
         };
         let pods = self.pods.all().into_iter();
         pods.filter(move |pod| matches(pod))

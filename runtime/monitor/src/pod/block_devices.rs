@@ -3,11 +3,10 @@
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 
+use podvisor_monitor::fd_table::FdTable;
 use podvisor_proto::{agent, monitor};
 use podvisor_vmm::{Access, SegmentError, SegmentMap};
 use thiserror::Error;
-
-use podvisor_monitor::fd_table::FdTable;
 
 /// Why a block device cannot be mapped.
 #[derive(Debug, Error)]

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use podvisor_monitor::fd_socket::Token;
+use podvisor_monitor::fd_table::FdTable;
 use podvisor_oci::stdio::{Streams, Wanted};
 use podvisor_proto::agent::{
     self, ExecRequest, PortForwardRequest, ResizeRequest, ResolvedUser, SampleResponse,
@@ -28,7 +29,6 @@ use super::vm_facts::VmFacts;
 use crate::agent::{Agent, AgentError};
 use crate::console::Console;
 use crate::state::{State, now_ns};
-use podvisor_monitor::fd_table::FdTable;
 
 /// How long an agent whose connection broke may take to dial again.
 const AGENT_RETURN: Duration = Duration::from_secs(10);

@@ -4,11 +4,10 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use podvisor_monitor::fd_table::FdTable;
 use podvisor_proto::{agent, monitor};
 use podvisor_vmm::{Access, Segment, SegmentError, SegmentMap};
 use thiserror::Error;
-
-use podvisor_monitor::fd_table::FdTable;
 
 /// Most layers of one container, with those of its image volumes. Images have at most 127 (the limit of container
 /// engines).

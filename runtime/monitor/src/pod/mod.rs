@@ -41,6 +41,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use podvisor_monitor::fd_table::FdTable;
 use podvisor_proto::agent::{Event, HelloResponse, event};
 use podvisor_proto::monitor::{
     ConfigureRequest, ContainerState, SandboxState, Snapshot, TimelineEntry,
@@ -60,7 +61,6 @@ use exec::Execs;
 use guest::{Guest, VmParts};
 use host::{Host, HostError};
 use layers::LayerError;
-use podvisor_monitor::fd_table::FdTable;
 use runner::Runner;
 
 /// Execs at a time: each may keep its output in our memory.

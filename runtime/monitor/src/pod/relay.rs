@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{Shutdown, shutdown};
+use podvisor_monitor::fd_table::FdTable;
 use podvisor_proto::monitor;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest, Ready};
@@ -20,7 +21,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::PodError;
 use super::streams::asynchronous;
-use podvisor_monitor::fd_table::FdTable;
 
 /// Moved at once, bytes.
 const CHUNK: usize = 32 * 1024;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use podvisor_monitor::fd_socket::Token;
+use podvisor_monitor::fd_table::FdTable;
 use podvisor_monitor::snapshots;
 use podvisor_proto::agent::agent_server::AgentServer;
 use podvisor_proto::agent::{self as api, event};
@@ -30,7 +31,6 @@ use crate::agent::keep_link;
 use crate::console::Console;
 use crate::state::{State, now_ns};
 use fake::{FakeAgent, FakeGuest};
-use podvisor_monitor::fd_table::FdTable;
 
 /// A pod with a fake guest.
 struct Rig {
