@@ -4,10 +4,8 @@ mod support;
 
 use podvisor_proto::agent::event::Kind;
 use podvisor_proto::agent::{ConfigureNetworkRequest, HelloRequest, Interface, ShutdownRequest};
-use podvisor_vmm::ExitReason;
 use serde_json::json;
-use support::{PATIENCE, spec, vm};
-use tokio::time::timeout;
+use support::{spec, vm};
 use tonic::Code;
 
 #[tokio::test]
@@ -58,10 +56,14 @@ async fn a_pod_lives_and_ends() {
     let missing = guest.client.configure_network(request).await.unwrap_err();
     assert_eq!(missing.code(), Code::NotFound);
 
-    // The connection ends with the answer or instead of it.
-    let _ = guest.client.shutdown(ShutdownRequest {}).await;
-    let reason = timeout(PATIENCE, vm.vmm.exited()).await.unwrap();
-    assert_eq!(reason, ExitReason::GuestReset, "{}", vm.console.text());
+    guest
+        .create("c3", &spec(&["sleep", "1000"]), "")
+        .await
+        .unwrap();
+    guest.start_quietly("c3").await.unwrap();
+    guest.client.shutdown(ShutdownRequest {}).await.unwrap();
+    let ended = guest.exec("c3", "e2", &["true"]).await;
+    assert!(ended.is_err(), "nothing runs after the answer");
     assert!(
         !vm.console.text().contains("panic"),
         "{}",

@@ -70,7 +70,7 @@ mod deadline {
     pub const REMOVE: Duration = Duration::from_secs(30);
     pub const SIGNAL: Duration = Duration::from_secs(5);
     pub const SAMPLE: Duration = Duration::from_secs(5);
-    pub const SHUTDOWN: Duration = Duration::from_secs(3);
+    pub const SHUTDOWN: Duration = Duration::from_secs(5);
 }
 
 /// Why a call to the agent failed.

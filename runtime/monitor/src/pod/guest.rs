@@ -15,7 +15,7 @@ use podvisor_proto::monitor::{
 use podvisor_vmm::{FsHandle, SegmentMap, Vmm};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tracing::{info, warn};
@@ -32,9 +32,6 @@ use crate::state::{State, now_ns};
 
 /// How long an agent whose connection broke may take to dial again.
 const AGENT_RETURN: Duration = Duration::from_secs(10);
-
-/// How long a guest that was asked to power off may take.
-const POWER_OFF_DEADLINE: Duration = Duration::from_secs(2);
 
 /// The parts that a VM's pod is made of.
 pub struct VmParts {
@@ -371,13 +368,11 @@ impl Guest {
         Ok(())
     }
 
-    /// Lets a guest that answers power itself off, then kills the VM in any case.
+    /// Lets a guest that answers write everything to its disks and volumes, then ends the VM in any case.
     pub async fn end(&self, answers: bool) {
         if let (true, Ok(agent)) = (answers, self.agent()) {
-            // Without an answer there is still the kill.
             let asked = agent.shutdown().await;
-            info!(?asked, "asked the guest to power off");
-            let _ = timeout(POWER_OFF_DEADLINE, self.gone.cancelled()).await;
+            info!(?asked, "asked the guest to write everything");
         }
         self.kill.cancel();
     }

@@ -1,6 +1,7 @@
 //! What is in guest memory before the first instruction: kernel, initramfs, and the PVH boot protocol's structures
 //! (Xen's docs/misc/pvh.pandoc; `xen/include/public/arch-x86/hvm/start_info.h`).
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -67,7 +68,7 @@ pub fn describe(
 }
 
 fn load_kernel(memory: &GuestMemoryMmap, kernel: OwnedFd) -> Result<(GuestAddress, u64), KvmError> {
-    let mut kernel = open(kernel, "kernel")?;
+    let mut kernel = MappedFile::new(File::from(kernel)).map_err(unreadable("kernel"))?;
     let high_ram = Some(GuestAddress(layout::HIGH_RAM_START));
     let loaded = Elf::load(memory, None, &mut kernel, high_ram).map_err(|error| {
         KvmError::Config(format!(
@@ -83,15 +84,16 @@ fn load_kernel(memory: &GuestMemoryMmap, kernel: OwnedFd) -> Result<(GuestAddres
     }
 }
 
-/// Puts the initramfs at the end of the RAM below the devices.
+/// Puts the initramfs at the end of the RAM below the devices. Copied: the guest reads all of it once, frees it, which
+/// is a write, and from then on these are pages like others. Those of a file would each be two exits.
 fn load_initramfs(
     memory: &GuestMemoryMmap,
     initramfs: OwnedFd,
     kernel_end: u64,
 ) -> Result<hvm_modlist_entry, KvmError> {
-    let mut initramfs = open(initramfs, "initramfs")?;
+    let mut initramfs = File::from(initramfs);
+    let size = initramfs.metadata().map_err(unreadable("initramfs"))?.len();
     let ram_end = (memory.last_addr().0 + 1).min(layout::DEVICES_START);
-    let size = initramfs.len();
     let start = ram_end
         .checked_sub(size)
         .map(|start| start / PAGE * PAGE)
@@ -106,7 +108,7 @@ fn load_initramfs(
         })?;
     memory
         .read_exact_volatile_from(GuestAddress(start), &mut initramfs, size as usize)
-        .map_err(|error| KvmError::Config(format!("the initramfs cannot be read: {error}")))?;
+        .map_err(unreadable("initramfs"))?;
     Ok(hvm_modlist_entry {
         paddr: start,
         size,
@@ -114,9 +116,8 @@ fn load_initramfs(
     })
 }
 
-fn open(file: OwnedFd, what: &str) -> Result<MappedFile, KvmError> {
-    MappedFile::new(File::from(file))
-        .map_err(|error| KvmError::Config(format!("the {what} cannot be read: {error}")))
+fn unreadable<E: Display>(what: &str) -> impl FnOnce(E) -> KvmError {
+    move |error| KvmError::Config(format!("the {what} cannot be read: {error}"))
 }
 
 fn write_start_info(

@@ -1,11 +1,12 @@
-//! Guest memory: private, anonymous, and not there before the guest touches it. The kernel and the initramfs are
-//! their files' pages: what the guest only reads is shared with all other guests through the page cache.
+//! Guest memory: private, anonymous, huge pages where the host has them, and not there before the guest touches it. The
+//! kernel is its file's pages: what the guest only reads of it is shared with all other guests through the page cache.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
+use std::ptr;
 use std::sync::{Arc, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -13,8 +14,8 @@ use kvm_ioctls::VmFd;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
     GuestAddress, GuestAddressSpace as _, GuestMemoryAtomic, GuestMemoryBackend as _,
-    GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap, ReadVolatile, VolatileMemoryError,
-    VolatileSlice,
+    GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion, ReadVolatile,
+    VolatileMemoryError, VolatileSlice,
 };
 
 use super::{KvmError, layout};
@@ -22,34 +23,76 @@ use super::{KvmError, layout};
 /// The size of a page, of the host's and of the guest's.
 pub const PAGE: u64 = 4096;
 
+/// The size of a huge page, of the host's and of KVM's for the guest.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// Guest memory of `bytes`, in one region or, when it reaches the devices' addresses, in two.
 pub fn create(bytes: u64) -> Result<GuestMemoryMmap, KvmError> {
     let low = bytes.min(layout::DEVICES_START);
-    let mut ranges = vec![(GuestAddress(0), low as usize)];
-    if bytes > low {
-        let high = GuestAddress(layout::RAM_ABOVE_DEVICES);
-        ranges.push((high, (bytes - low) as usize));
-    }
-    let memory = GuestMemoryMmap::from_ranges(&ranges)
-        .map_err(|error| KvmError::host("guest memory")(io::Error::other(error)))?;
-    for region in memory.iter() {
-        keep_to_ourselves(region).map_err(KvmError::host("guest memory"))?;
-    }
-    Ok(memory)
+    let high = layout::RAM_ABOVE_DEVICES;
+    let ranges = [0..low, high..high + (bytes - low)];
+    let ranges = ranges.iter().filter(|range| !range.is_empty());
+    let regions: io::Result<_> = ranges.map(region).collect();
+    regions
+        .and_then(|regions| GuestMemoryMmap::from_regions(regions).map_err(io::Error::other))
+        .map_err(KvmError::host("guest memory"))
 }
 
-fn keep_to_ourselves(region: &GuestRegionMmap) -> io::Result<()> {
-    for advice in [
-        // A core dump of ours holds nothing of the tenant's.
-        libc::MADV_DONTDUMP,
-        libc::MADV_DONTFORK,
-    ] {
-        // SAFETY: the range is the region's own mapping, and the advice changes no content.
-        let advised =
-            unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) };
-        if advised < 0 {
-            return Err(io::Error::last_os_error());
+/// Memory for a range of the guest's addresses.
+fn region(range: &Range<u64>) -> io::Result<GuestRegionMmap> {
+    let mapping = map((range.end - range.start) as usize)?;
+    let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // A core dump of ours holds nothing of the tenant's.
+    advise(&region, libc::MADV_DONTDUMP)?;
+    advise(&region, libc::MADV_DONTFORK)?;
+    // For hosts that give huge pages to who asks. Some have none.
+    let _ = advise(&region, libc::MADV_HUGEPAGE);
+    Ok(region)
+}
+
+/// Anonymous memory that begins with a huge page, if it has one.
+///
+/// A huge page of ours is one for the guest only where its addresses and ours are the same within it, and the guest's
+/// ranges begin with one. Otherwise each 4 KiB of it that the guest touches are an exit, 2300 until the agent is ready.
+/// Kernels before 6.7 put a mapping anywhere. It goes into the highest gap that is large enough: here, most likely,
+/// the one that is made for it. Nothing but time depends on it.
+fn map(bytes: usize) -> io::Result<MmapRegion> {
+    let around = bytes + HUGE_PAGE;
+    // SAFETY: a new mapping, where the kernel likes.
+    let start = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            around,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let before = start.align_offset(HUGE_PAGE);
+    let gap = before..before + bytes;
+    let unmap = |part: Range<usize>| {
+        if !part.is_empty() {
+            // SAFETY: a part of the mapping above, which nobody knows of. Each part is unmapped once.
+            unsafe { libc::munmap(start.byte_add(part.start), part.len()) };
         }
+    };
+    unmap(gap.clone());
+    let mapping = MmapRegion::new(bytes).map_err(io::Error::other);
+    unmap(0..gap.start);
+    unmap(gap.end..around);
+    mapping
+}
+
+fn advise(region: &GuestRegionMmap, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: the range is the region's own mapping, and no advice that is given here changes content.
+    let advised = unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) };
+    if advised < 0 {
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }
@@ -85,11 +128,7 @@ pub fn add(
     memory: &GuestMemoryAtomic<GuestMemoryMmap>,
     range: &Range<u64>,
 ) -> io::Result<(u64, u64)> {
-    let length = (range.end - range.start) as usize;
-    let region = GuestRegionMmap::from_range(GuestAddress(range.start), length, None)
-        .map_err(io::Error::other)?;
-    keep_to_ourselves(&region)?;
-    let region = Arc::new(region);
+    let region = Arc::new(region(range)?);
     // Maps are replaced as a whole: one that panicked has replaced none.
     let exclusive = memory.lock().unwrap_or_else(PoisonError::into_inner);
     let before = memory.memory();
@@ -101,7 +140,9 @@ pub fn add(
     Ok((region.as_ptr() as u64, region.len()))
 }
 
-/// A file that is read into guest memory by mapping its pages, where both are aligned to pages, or else by copying.
+/// A file that is read into guest memory by mapping its pages, where both are aligned to pages and it is much at once, or
+/// else by copying: parts of a kernel that are smaller than a huge page are its data, which it writes, and to map a file
+/// there would only break the huge page up.
 ///
 /// The file must not shrink while the VM runs, or the guest's access to what is gone ends the VM.
 pub struct MappedFile {
@@ -121,18 +162,13 @@ impl MappedFile {
         })
     }
 
-    /// Its length in bytes.
-    pub fn len(&self) -> u64 {
-        self.length
-    }
-
-    /// Maps as many whole pages as go into `target`. 0: nothing is aligned.
+    /// Maps as many whole pages as go into `target`. 0: it is too little, or nothing is aligned.
     fn map<B: BitmapSlice>(&self, target: &VolatileSlice<'_, B>) -> io::Result<usize> {
         let address = target.ptr_guard_mut().as_ptr();
         let aligned = (address as u64).is_multiple_of(PAGE) && self.position.is_multiple_of(PAGE);
         let available = self.length.saturating_sub(self.position);
         let bytes = (target.len() as u64).min(available) / PAGE * PAGE;
-        if !aligned || bytes == 0 {
+        if !aligned || bytes < HUGE_PAGE as u64 {
             return Ok(0);
         }
         // SAFETY: the range is in `target`, which is guest memory: mapped, private, of whole pages here, and nobody's
@@ -152,15 +188,6 @@ impl MappedFile {
         }
         Ok(bytes as usize)
     }
-
-    /// Copies what there is of the file into `target`.
-    fn copy<B: BitmapSlice>(&self, target: &VolatileSlice<'_, B>) -> io::Result<usize> {
-        let mut buffer = [0; PAGE as usize];
-        let count = buffer.len().min(target.len());
-        let count = self.file.read_at(&mut buffer[..count], self.position)?;
-        target.copy_from(&buffer[..count]);
-        Ok(count)
-    }
 }
 
 impl ReadVolatile for MappedFile {
@@ -171,9 +198,11 @@ impl ReadVolatile for MappedFile {
     ) -> Result<usize, VolatileMemoryError> {
         let mut done = self.map(target).map_err(VolatileMemoryError::IOError)?;
         self.position += done as u64;
+        self.file
+            .seek(SeekFrom::Start(self.position))
+            .map_err(VolatileMemoryError::IOError)?;
         while done < target.len() {
-            let rest = target.offset(done)?;
-            let count = self.copy(&rest).map_err(VolatileMemoryError::IOError)?;
+            let count = self.file.read_volatile(&mut target.offset(done)?)?;
             if count == 0 {
                 break;
             }
@@ -234,14 +263,31 @@ mod tests {
     }
 
     #[test]
+    fn memory_begins_with_a_huge_page() {
+        let aligned = |bytes| {
+            let mapping = map(bytes).unwrap();
+            assert_eq!(mapping.size(), bytes);
+            mapping.as_ptr().addr().is_multiple_of(HUGE_PAGE)
+        };
+        // Whatever lies around it.
+        let _between = [3, 700].map(|pages| map(pages * PAGE as usize).unwrap());
+        for bytes in [HUGE_PAGE, (64 << 20) + 8192, 1 << 30] {
+            // Another test's thread may take the gap.
+            assert!((0..3).any(|_| aligned(bytes)), "{bytes}");
+        }
+    }
+
+    #[test]
     fn aligned_and_unaligned_parts_of_a_file() {
-        let memory = create(1 << 20).unwrap();
-        let (mut mapped, content) = file(5 * 4096 + 100);
+        let memory = create(32 << 20).unwrap();
+        let (mut mapped, content) = file(HUGE_PAGE + 5 * 4096 + 100);
         for (offset, address) in [
             (0, 0x1000),
-            (4096, 0x2_0000),
-            (10, 0x4_0000),
-            (4096, 0x6_0010),
+            (4096, 0x40_0000),
+            (10, 0x80_0000),
+            (4096, 0xc0_0010),
+            // Too little to be mapped.
+            (HUGE_PAGE, 0x100_0000),
         ] {
             let count = content.len() - offset;
             mapped.seek(SeekFrom::Start(offset as u64)).unwrap();
@@ -267,11 +313,13 @@ mod tests {
 
     #[test]
     fn what_the_guest_writes_stays_its_own() {
-        let memory = create(1 << 20).unwrap();
-        let (mut mapped, content) = file(8192);
-        read_into(&memory, &mut mapped, 0, 8192);
-        memory.write_slice(&[0xff; 8192], GuestAddress(0)).unwrap();
-        let mut found = vec![0; 8192];
+        let memory = create(4 << 20).unwrap();
+        let (mut mapped, content) = file(HUGE_PAGE);
+        read_into(&memory, &mut mapped, 0, HUGE_PAGE);
+        memory
+            .write_slice(&[0xff; HUGE_PAGE], GuestAddress(0))
+            .unwrap();
+        let mut found = vec![0; HUGE_PAGE];
         mapped.file.read_exact_at(&mut found, 0).unwrap();
         assert!(found == content);
     }
