@@ -317,7 +317,7 @@ mod tests {
         let (mut mapped, content) = file(HUGE_PAGE);
         read_into(&memory, &mut mapped, 0, HUGE_PAGE);
         memory
-            .write_slice(&[0xff; HUGE_PAGE], GuestAddress(0))
+            .write_slice(&vec![0xff; HUGE_PAGE], GuestAddress(0))
             .unwrap();
         let mut found = vec![0; HUGE_PAGE];
         mapped.file.read_exact_at(&mut found, 0).unwrap();
