@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileExt as _;
 use std::ptr;
 use std::sync::{Arc, PoisonError};
 
@@ -147,7 +146,6 @@ pub fn add(
 /// The file must not shrink while the VM runs, or the guest's access to what is gone ends the VM.
 pub struct MappedFile {
     file: File,
-    position: u64,
     length: u64,
 }
 
@@ -155,18 +153,15 @@ impl MappedFile {
     /// `file` at its beginning.
     pub fn new(file: File) -> io::Result<Self> {
         let length = file.metadata()?.len();
-        Ok(Self {
-            file,
-            position: 0,
-            length,
-        })
+        Ok(Self { file, length })
     }
 
-    /// Maps as many whole pages as go into `target`. 0: it is too little, or nothing is aligned.
-    fn map<B: BitmapSlice>(&self, target: &VolatileSlice<'_, B>) -> io::Result<usize> {
+    /// Maps as many whole pages as go into `target`, and goes on behind them. 0: it is too little, or nothing is aligned.
+    fn map<B: BitmapSlice>(&mut self, target: &VolatileSlice<'_, B>) -> io::Result<usize> {
+        let position = self.file.stream_position()?;
         let address = target.ptr_guard_mut().as_ptr();
-        let aligned = (address as u64).is_multiple_of(PAGE) && self.position.is_multiple_of(PAGE);
-        let available = self.length.saturating_sub(self.position);
+        let aligned = (address as u64).is_multiple_of(PAGE) && position.is_multiple_of(PAGE);
+        let available = self.length.saturating_sub(position);
         let bytes = (target.len() as u64).min(available) / PAGE * PAGE;
         if !aligned || bytes < HUGE_PAGE as u64 {
             return Ok(0);
@@ -180,12 +175,13 @@ impl MappedFile {
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
                 self.file.as_raw_fd(),
-                self.position as libc::off_t,
+                position as libc::off_t,
             )
         };
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
+        self.file.seek(SeekFrom::Start(position + bytes))?;
         Ok(bytes as usize)
     }
 }
@@ -197,16 +193,11 @@ impl ReadVolatile for MappedFile {
         target: &mut VolatileSlice<'_, B>,
     ) -> Result<usize, VolatileMemoryError> {
         let mut done = self.map(target).map_err(VolatileMemoryError::IOError)?;
-        self.position += done as u64;
-        self.file
-            .seek(SeekFrom::Start(self.position))
-            .map_err(VolatileMemoryError::IOError)?;
         while done < target.len() {
             let count = self.file.read_volatile(&mut target.offset(done)?)?;
             if count == 0 {
                 break;
             }
-            self.position += count as u64;
             done += count;
         }
         Ok(done)
@@ -215,21 +206,13 @@ impl ReadVolatile for MappedFile {
 
 impl Read for MappedFile {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.file.read_at(buffer, self.position)?;
-        self.position += count as u64;
-        Ok(count)
+        self.file.read(buffer)
     }
 }
 
 impl Seek for MappedFile {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(offset) => Some(offset),
-            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
-            SeekFrom::End(offset) => self.length.checked_add_signed(offset),
-        };
-        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.position)
+        self.file.seek(to)
     }
 }
 
