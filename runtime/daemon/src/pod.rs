@@ -1,6 +1,8 @@
 //! A pod and its containers in podvisord's memory: what was asked, and the newest state its monitor
 //! told. Everything that the CRI lists is answered from here, never by asking a guest.
 
+mod container;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -14,8 +16,10 @@ use crate::ids::{self, Reservation};
 use crate::monitor::Monitor;
 use crate::services::messages;
 use crate::stats::Samples;
-use crate::store::{ContainerRecord, Phase, SandboxRecord};
+use crate::store::{Phase, SandboxRecord};
 use crate::volumes::FsServer;
+
+pub use container::Container;
 
 /// Exit code and reason of a container that died with its VM.
 const KILLED: u32 = 137;
@@ -48,23 +52,6 @@ struct State {
     snapshot: monitor::Snapshot,
     monitor: Option<Arc<Monitor>>,
     stopping: bool,
-}
-
-/// A container.
-#[derive(Debug)]
-pub struct Container {
-    /// What was asked.
-    pub record: ContainerRecord,
-    /// Where it runs.
-    pub pod: Arc<Pod>,
-    /// What lists say of it, but for its state.
-    pub listed: Bytes,
-    /// Serialises changes of its limits.
-    pub updating: tokio::sync::Mutex<()>,
-    limits: Mutex<cri::LinuxContainerResources>,
-    /// Its state while it is removed: its monitor forgets it before the lists do.
-    last: Mutex<Option<monitor::Container>>,
-    _name: Reservation,
 }
 
 impl Pod {
@@ -262,89 +249,6 @@ fn bury(snapshot: &mut monitor::Snapshot, reason: &str, now_ns: u64) {
     snapshot.revision += 1;
 }
 
-impl Container {
-    /// A container of `pod`.
-    pub fn new(record: ContainerRecord, pod: Arc<Pod>, name: Reservation) -> Self {
-        let linux = record.config.as_ref().and_then(|c| c.linux.as_ref());
-        let limits = linux
-            .and_then(|linux| linux.resources.clone())
-            .unwrap_or_default();
-        Self {
-            listed: messages::container_item(&record).encode_to_vec().into(),
-            record,
-            pod,
-            updating: tokio::sync::Mutex::default(),
-            limits: limits.into(),
-            last: Mutex::default(),
-            _name: name,
-        }
-    }
-
-    /// Whether it has all labels of a selector.
-    pub fn has_labels(&self, selector: &HashMap<String, String>) -> bool {
-        let config = self.record.config.as_ref();
-        has_labels(config.map(|config| &config.labels), selector)
-    }
-
-    /// Its limits.
-    pub fn limits(&self) -> cri::LinuxContainerResources {
-        self.limits
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// From now on these are its limits.
-    pub fn set_limits(&self, limits: cri::LinuxContainerResources) {
-        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
-    }
-
-    /// What was asked, with the limits of now.
-    pub fn record(&self) -> ContainerRecord {
-        let mut record = self.record.clone();
-        let config = record.config.get_or_insert_default();
-        config.linux.get_or_insert_default().resources = Some(self.limits());
-        record
-    }
-
-    /// Its newest state.
-    pub fn state(&self) -> monitor::Container {
-        let last = self.last().clone();
-        last.unwrap_or_else(|| self.pod.container_state(&self.record.id))
-    }
-
-    /// Whether it was created, runs, or has exited.
-    pub fn phase(&self) -> monitor::ContainerState {
-        if let Some(last) = &*self.last() {
-            return last.state();
-        }
-        let pod = &self.pod;
-        let phase = pod.look_at_container(&self.record.id, monitor::Container::state);
-        phase.unwrap_or(monitor::ContainerState::Exited)
-    }
-
-    fn last(&self) -> MutexGuard<'_, Option<monitor::Container>> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// It is being removed: its state stays as it is until the answer is dropped.
-    pub fn removal(&self) -> Removal<'_> {
-        let state = self.state();
-        *self.last() = Some(state);
-        Removal(self)
-    }
-}
-
-/// See [`Container::removal`].
-#[derive(Debug)]
-pub struct Removal<'a>(&'a Container);
-
-impl Drop for Removal<'_> {
-    fn drop(&mut self) {
-        *self.0.last() = None;
-    }
-}
-
 /// All pods and containers, and who is told what becomes of them.
 #[derive(Debug, Default)]
 pub struct Pods {
@@ -515,6 +419,7 @@ impl Pods {
 mod tests {
     use super::*;
     use crate::ids::Names;
+    use crate::store::ContainerRecord;
 
     fn pod(names: &Names, revision: u64) -> Pod {
         let name = names.reserve("sandbox", "n".into(), "id").unwrap();
