@@ -33,8 +33,8 @@ pub struct BenchArgs {
     /// Pods, one after the other and again in parallel
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least_one)]
     pods: usize,
-    /// Pods that are started at a time in the second part
-    #[arg(long, value_name = "P", default_value_t = 4, value_parser = at_least_one)]
+    /// Pods that are started at a time in the second part; 0 leaves that out, and memory with it
+    #[arg(long, value_name = "P", default_value_t = 4)]
     parallel: usize,
     /// Configuration of another podvisord, whose pods take turns with the first part's
     #[arg(long, value_name = "CONFIG")]
@@ -140,9 +140,12 @@ async fn measure(
         }
         progress(done);
     }
-    eprintln!("\n{} pods, {} at a time", args.pods, args.parallel);
-    let parallel = bench.parallel(args.pods, args.parallel, args.containers);
-    samples.append(Box::pin(parallel).await?);
+    eprintln!();
+    if args.parallel > 0 {
+        eprintln!("{} pods, {} at a time", args.pods, args.parallel);
+        let parallel = bench.parallel(args.pods, args.parallel, args.containers);
+        samples.append(Box::pin(parallel).await?);
+    }
 
     if let Some(image) = &args.pull {
         let other = match &args.pull_against {
