@@ -14,8 +14,12 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 /// Bytes that differ from sector to sector.
+/// Bytes that tell where they are, within 128 KiB and within a sector.
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|at| (at / 512 + at) as u8).collect()
+    let period: Vec<u8> = (0..128 << 10).map(|at| (at / 512 + at) as u8).collect();
+    let mut bytes = period.repeat(length.div_ceil(period.len()));
+    bytes.truncate(length);
+    bytes
 }
 
 fn partition(number: u32, segment: Segment) -> String {
