@@ -1,5 +1,6 @@
 //! How long podvisord takes for lists with 1,000 containers in 250 pods, over its socket, while samples of them come in:
-//! podvisord itself, with a database that is filled for this and monitors that only tell a state and samples.
+//! podvisord itself, in a process of its own, with a database that is filled for this and monitors that only tell a state and
+//! samples.
 //!
 //! Needs root, as podvisord does. Prints the median and the slowest of [`ROUNDS`] rounds, the answer's size, and how many
 //! samples came in meanwhile, for which no list waits: lists one right after the other cause as many as there ever are, two
@@ -39,28 +40,42 @@ const MAX_MESSAGE: usize = 16 << 20;
 
 #[tokio::main]
 async fn main() {
-    let mut args = std::env::args().skip_while(|arg| arg != "--at").skip(1);
-    match (args.next(), args.nth(1)) {
-        (Some(socket), Some(image)) => Box::pin(other(Path::new(&socket), &image)).await,
+    let args: Vec<String> = std::env::args().collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args[1..] {
+        [SERVE, dir] => server::run(config(Path::new(dir))).await.unwrap(),
+        [.., "--at", socket, "--image", image] => Box::pin(other(Path::new(socket), image)).await,
         _ => podvisor().await,
+    }
+}
+
+/// The argument of the process that is podvisord.
+const SERVE: &str = "--serve";
+
+fn config(dir: &Path) -> Config {
+    Config {
+        run_dir: dir.join("run"),
+        data_dir: dir.join("data"),
+        vmm: Vmm::Qemu,
+        ..Config::default()
     }
 }
 
 /// A podvisord whose state is filled for this.
 async fn podvisor() {
     let dir = tempfile::tempdir().unwrap();
-    let config = Config {
-        run_dir: dir.path().join("run"),
-        data_dir: dir.path().join("data"),
-        vmm: Vmm::Qemu,
-        ..Config::default()
-    };
+    let config = config(dir.path());
     std::fs::create_dir_all(&config.data_dir).unwrap();
     let samples = Arc::new(AtomicU64::new(0));
     fill(&config, &samples).await;
-    let socket = config.socket_path();
-    tokio::spawn(async move { server::run(config).await.unwrap() });
-    let mut client = connect(&socket).await;
+    let program = std::env::current_exe().unwrap();
+    let _podvisord = tokio::process::Command::new(program)
+        .arg(SERVE)
+        .arg(dir.path())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut client = connect(&config.socket_path()).await;
 
     // Each list shows what was asked for, and samples are there.
     loop {
