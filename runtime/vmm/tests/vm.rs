@@ -13,7 +13,6 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// Bytes that differ from sector to sector.
 /// Bytes that tell where they are, within 128 KiB and within a sector.
 fn pattern(length: usize) -> Vec<u8> {
     let period: Vec<u8> = (0..128 << 10).map(|at| (at / 512 + at) as u8).collect();
