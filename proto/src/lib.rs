@@ -40,3 +40,9 @@ pub use packages::agent::v1 as agent;
 pub use packages::control::v1 as control;
 pub use packages::monitor::v1 as monitor;
 pub use packages::runtime_v1 as cri;
+
+/// Bytes that JSON has as text.
+#[cfg(feature = "json")]
+fn bytes_of_text<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+    <String as serde::Deserialize>::deserialize(from).map(String::into_bytes)
+}

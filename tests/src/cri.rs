@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use podvisor_proto::cri::image_service_client::ImageServiceClient;
 use podvisor_proto::cri::runtime_service_client::RuntimeServiceClient;
-use podvisor_proto::cri::{self, ContainerStatus, PodSandbox};
+use podvisor_proto::cri::{self, ContainerStatus, PodSandbox, PodSandboxConfig};
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status, Streaming};
@@ -195,6 +195,18 @@ impl Cri {
         })
     }
 
+    /// Runs a pod. Its id.
+    pub fn run_pod(&self, request: cri::RunPodSandboxRequest) -> Result<String, Status> {
+        self.call(async |mut c| c.run_pod_sandbox(request).await)
+            .map(|response| response.pod_sandbox_id)
+    }
+
+    /// Creates a container in a pod. Its id.
+    pub fn create_container(&self, request: cri::CreateContainerRequest) -> Result<String, Status> {
+        self.call(async |mut c| c.create_container(request).await)
+            .map(|response| response.container_id)
+    }
+
     /// Starts a container.
     pub fn start_container(&self, container: &str) -> Result<(), Status> {
         let request = cri::StartContainerRequest {
@@ -202,6 +214,25 @@ impl Cri {
         };
         self.call(async |mut c| c.start_container(request).await)
             .map(drop)
+    }
+
+    /// Kills a container, and waits for its end.
+    pub fn stop_container(&self, container: &str) {
+        let request = cri::StopContainerRequest {
+            container_id: container.into(),
+            timeout: 0,
+        };
+        self.call(async |mut c| c.stop_container(request).await)
+            .expect("StopContainer");
+    }
+
+    /// Removes a container, whether or not it runs.
+    pub fn remove_container(&self, container: &str) {
+        let request = cri::RemoveContainerRequest {
+            container_id: container.into(),
+        };
+        self.call(async |mut c| c.remove_container(request).await)
+            .expect("RemoveContainer");
     }
 
     /// Stops a pod.
@@ -258,8 +289,8 @@ pub fn image_spec(image: &str) -> cri::ImageSpec {
 }
 
 /// A pod's configuration with what it must have.
-pub fn sandbox_config(name: &str) -> cri::PodSandboxConfig {
-    cri::PodSandboxConfig {
+pub fn sandbox_config(name: &str) -> PodSandboxConfig {
+    PodSandboxConfig {
         metadata: Some(cri::PodSandboxMetadata {
             name: name.into(),
             uid: format!("uid-{name}"),

@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podvisor_image::ImageStore;
-use podvisor_monitor::snapshots;
+use podvisor_monitor::{agent_calls, snapshots};
 use podvisor_network::Cni;
 use podvisor_oci::rootfs::Layers;
 use tokio_util::sync::CancellationToken;
+use tonic::{Response, Status};
 use tracing::{debug, info, warn};
 
 use crate::backend;
@@ -179,11 +180,17 @@ pub fn now_ns() -> u64 {
 pub async fn within<T>(
     limit: Duration,
     what: &'static str,
-    call: impl Future<Output = std::result::Result<tonic::Response<T>, tonic::Status>>,
+    call: impl Future<Output = std::result::Result<Response<T>, Status>>,
 ) -> Result<T> {
     let answer = async {
         match tokio::time::timeout(limit, call).await {
-            Ok(answer) => Ok(answer?.into_inner()),
+            Ok(answer) => {
+                let told = answer
+                    .as_ref()
+                    .map_or_else(Status::metadata, Response::metadata);
+                trace::agent_calls(&agent_calls::read(told));
+                Ok(answer?.into_inner())
+            }
             Err(_) => Err(Error::MonitorUnreachable(format!(
                 "{what} took longer than {} s",
                 limit.as_secs()

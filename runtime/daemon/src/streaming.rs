@@ -31,6 +31,7 @@ use crate::daemon::{Daemon, within};
 use crate::error::{Error, Result};
 use crate::monitor::{Client, Monitor};
 use crate::pod::Pod;
+use crate::trace;
 
 /// Longer than the monitor's own deadlines for a guest.
 const CALL: Duration = Duration::from_mins(1);
@@ -200,7 +201,7 @@ impl Processes {
             streams: Some(streams),
         };
         let mut client = monitor.client();
-        let mut answer = client.exec(request).await?.into_inner();
+        let mut answer = within(CALL, "Exec", client.exec(request)).await?;
         let ended = async move {
             match answer.message().await {
                 Ok(Some(response)) => Ok(response.exit_code),
@@ -225,7 +226,7 @@ impl Processes {
             streams: Some(streams),
         };
         let mut client = monitor.client();
-        let mut answer = client.attach(request).await?.into_inner();
+        let mut answer = within(CALL, "Attach", client.attach(request)).await?;
         let ended = async move {
             match answer.message().await {
                 Ok(_) => Ok(0),
@@ -348,12 +349,12 @@ impl Ends {
             stdout: self.stdout.map(|stream| Box::new(stream) as _),
             stderr: self.stderr.map(|stream| Box::new(stream) as _),
             resize,
-            ended: Box::pin(async move {
+            ended: Box::pin(trace::span("session", async move {
                 tokio::select! {
                     ended = ended => ended,
                     () = terminal.follow(sizes) => Err("no terminal".to_owned()),
                 }
-            }),
+            })),
         }
     }
 }

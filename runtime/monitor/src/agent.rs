@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::{FusedStream, Stream};
 use hyper_util::rt::TokioIo;
+use podvisor_monitor::agent_calls;
 use podvisor_proto::agent::agent_client::AgentClient;
 use podvisor_proto::agent::{
     AddMemoryRequest, AddMemoryResponse, ConfigureNetworkRequest, ConfigureSandboxRequest,
@@ -19,6 +20,7 @@ use podvisor_proto::agent::{
     RemoveContainerResponse, ResizeRequest, SampleRequest, SampleResponse, ShutdownRequest,
     SignalRequest, StartContainerRequest, StartContainerResponse, UpdateContainerRequest,
 };
+use podvisor_proto::monitor::AgentCall;
 use thiserror::Error;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -253,7 +255,14 @@ async fn call<T>(
     after: Duration,
     answer: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<T, AgentError> {
-    match timeout(after, answer).await {
+    let start_ns = now_ns();
+    let answer = timeout(after, answer).await;
+    agent_calls::record(AgentCall {
+        rpc: rpc.to_owned(),
+        start_ns,
+        end_ns: now_ns(),
+    });
+    match answer {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(failed(&status)),
         Err(_) => Err(AgentError::Deadline { rpc, after }),

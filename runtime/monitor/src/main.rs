@@ -31,6 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use podvisor_monitor::agent_calls;
 use podvisor_monitor::fd_table::FdTable;
 use podvisor_proto::monitor::monitor_server::MonitorServer;
 use podvisor_proto::monitor::{HostSpec, SandboxState, Snapshot};
@@ -39,6 +40,7 @@ use podvisor_vmm::{Access, FsDevice, NetConfig, SegmentMap, VmConfig, VsockDevic
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
+use tower::util::MapFutureLayer;
 use tracing::{error, info, warn};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
@@ -285,6 +287,7 @@ async fn serve(pod: &Arc<Pod>, listener: UnixListener) -> anyhow::Result<()> {
     let finished = pod.finished();
     let server = Server::builder()
         .max_concurrent_streams(MAX_CALLS)
+        .layer(MapFutureLayer::new(agent_calls::told))
         .add_service(MonitorServer::new(service::Service::new(Arc::clone(pod))))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), finished.cancelled());
     let server = std::pin::pin!(server);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use podvisor_monitor::agent_calls;
 use podvisor_proto::agent::{SampleRequest, SampleResponse};
 use podvisor_proto::monitor::monitor_server::Monitor;
 use podvisor_proto::monitor::{
@@ -52,7 +53,8 @@ impl Service {
 async fn detached<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
 ) -> Result<T, PodError> {
-    tokio::spawn(work).await.map_err(internal)
+    let work = tokio::spawn(agent_calls::inherited(work));
+    work.await.map_err(internal)
 }
 
 /// Runs `work` as a task of its own. The answer begins when the work says that it has started, and ends with what the
@@ -68,7 +70,7 @@ where
     // Dropped with the answer when the caller goes away.
     let told_on_drop = caller_gone.clone().drop_guard();
     let (started, has_started) = oneshot::channel();
-    let work = tokio::spawn(work(started, caller_gone));
+    let work = tokio::spawn(agent_calls::inherited(work(started, caller_gone)));
     if has_started.await.is_err() {
         // It has ended without: a refusal.
         let refused = work.await.map_err(internal)?.err();

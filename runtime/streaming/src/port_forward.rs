@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use opentelemetry::trace::FutureExt;
 use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -59,12 +60,13 @@ pub async fn serve_spdy<B: Backend>(
         match pair(first, stream) {
             Ok((data, error, port)) => {
                 let (backend, forward) = (Arc::clone(&backend), forward.clone());
-                connections.spawn(async move {
+                let connected = async move {
                     let Stream {
                         incoming, output, ..
                     } = data;
                     connect(&*backend, &forward, port, incoming, output, error).await;
-                });
+                };
+                connections.spawn(connected.with_current_context());
             }
             Err(output) => refuse(output).await,
         }
@@ -112,14 +114,15 @@ pub async fn serve_channels<B: Backend>(
     let mut connections = JoinSet::new();
     for (port, incoming, data, error) in streams {
         let (backend, forward) = (Arc::clone(&backend), forward.clone());
-        connections.spawn(async move {
+        let connected = async move {
             for output in [&data, &error] {
                 if output.send(&port.to_le_bytes()).await.is_err() {
                     return;
                 }
             }
             connect(&*backend, &forward, port, incoming, data, error).await;
-        });
+        };
+        connections.spawn(connected.with_current_context());
     }
     while connections.join_next().await.is_some() {}
 }

@@ -12,6 +12,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use opentelemetry::Context;
+use opentelemetry::trace::FutureExt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -90,7 +92,8 @@ pub struct Server<B> {
 
 #[derive(Debug)]
 struct Shared<B> {
-    tokens: Tokens<Ticket>,
+    /// With the trace that the call for it is a part of.
+    tokens: Tokens<(Ticket, Context)>,
     backend: Arc<B>,
     config: Config,
     /// Scheme and host of URLs.
@@ -148,7 +151,7 @@ impl<B: Backend> Server<B> {
     }
 
     fn url(&self, endpoint: &str, ticket: Ticket) -> Result<String, TooMany> {
-        let token = self.shared.tokens.issue(ticket)?;
+        let token = self.shared.tokens.issue((ticket, Context::current()))?;
         Ok(format!("{}/{endpoint}/{token}", self.shared.base))
     }
 
@@ -214,7 +217,7 @@ impl<B: Backend> Server<B> {
         if !matches!(*request.method(), Method::GET | Method::POST) {
             return text(StatusCode::METHOD_NOT_ALLOWED, "GET or POST");
         }
-        let Some(ticket) = self.redeem(request.uri().path()) else {
+        let Some((ticket, caller)) = self.redeem(request.uri().path()) else {
             return text(StatusCode::NOT_FOUND, "unknown, used or expired");
         };
         let is_command = !matches!(ticket, Ticket::PortForward(_));
@@ -225,22 +228,23 @@ impl<B: Backend> Server<B> {
         let upgrade = hyper::upgrade::on(&mut request);
         let server = self.clone();
         tokio::spawn(async move {
-            server.upgraded(upgrade, ticket, protocol).await;
+            let session = server.upgraded(upgrade, ticket, protocol);
+            session.with_context(caller).await;
             drop(place);
         });
         response
     }
 
     /// The endpoint has to be the token's.
-    fn redeem(&self, path: &str) -> Option<Ticket> {
+    fn redeem(&self, path: &str) -> Option<(Ticket, Context)> {
         let (endpoint, token) = path.strip_prefix('/')?.split_once('/')?;
-        let ticket = self.shared.tokens.redeem(token)?;
+        let (ticket, caller) = self.shared.tokens.redeem(token)?;
         let own = match &ticket {
             Ticket::Exec(_) => "exec",
             Ticket::Attach(_) => "attach",
             Ticket::PortForward(_) => "portforward",
         };
-        (endpoint == own).then_some(ticket)
+        (endpoint == own).then_some((ticket, caller))
     }
 
     async fn upgraded(&self, upgrade: OnUpgrade, ticket: Ticket, protocol: Protocol) {

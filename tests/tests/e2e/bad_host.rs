@@ -212,10 +212,10 @@ fn a_full_disk() {
     assert_eq!(daemon.leaks(), "");
 
     // What is there can be removed on a full disk, and then there is room.
-    daemon.crictl(&["rmp", "-f", &id]).ok();
+    daemon.cri().remove_pod(&id);
     fs::remove_file(&filler).expect("ours");
     let again = daemon.run_pod(&daemon.pod("room"));
-    daemon.crictl(&["rmp", "-f", &again]).ok();
+    daemon.cri().remove_pod(&again);
 }
 
 #[test]
@@ -230,7 +230,7 @@ fn logs_that_cannot_be_written() {
     assert_ne!(ran.code, 0);
     assert!(ran.stderr.contains("/proc/version"), "{}", ran.stderr);
     assert_eq!(daemon.cri().containers(), vec![]);
-    daemon.crictl(&["rmp", "-f", &id]).ok();
+    daemon.cri().remove_pod(&id);
     daemon.assert_nothing_left();
 
     // A disk that fills up under a log: the container goes on.
@@ -252,6 +252,6 @@ fn logs_that_cannot_be_written() {
             .then_some(())
     });
     assert!(fs::metadata(full.join("c.log")).is_ok_and(|log| log.len() > 0));
-    daemon.crictl(&["rmp", "-f", &id]).ok();
+    daemon.cri().remove_pod(&id);
     output_of(std::process::Command::new("umount").arg(&full));
 }

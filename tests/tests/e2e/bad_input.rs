@@ -165,9 +165,9 @@ fn names_that_are_taken() {
     assert_eq!(daemon.leaks(), "");
 
     // Names come back with what had them.
-    daemon.crictl(&["rm", &first]).ok();
+    daemon.cri().remove_container(&first);
     daemon.create(&id, &pod, &config);
-    daemon.crictl(&["rmp", "-f", &id]).ok();
+    daemon.cri().remove_pod(&id);
     daemon.assert_nothing_left();
     daemon.run_pod(&pod);
 }
@@ -300,7 +300,7 @@ fn what_is_in_the_wrong_state() {
     );
 
     let waiting = daemon.create(&id, &pod, &shell("w", &busybox(), "true"));
-    daemon.crictl(&["stopp", &id]).ok();
+    daemon.cri().stop_pod(&id).expect("StopPodSandbox");
     let ran = daemon.try_create(&id, &pod, &shell("d", &busybox(), "true"));
     ran.failed("FailedPrecondition");
     assert_code(cri.start_container(&waiting), Code::FailedPrecondition);
@@ -337,7 +337,7 @@ fn commands_that_cannot_be_executed() {
         );
         assert!(status.message.to_lowercase().contains(reason), "{status:?}");
         assert!(status.finished_at >= status.created_at, "{status:?}");
-        daemon.crictl(&["rm", &container]).ok();
+        daemon.cri().remove_container(&container);
     }
     // The pod is as good as before.
     let fine = daemon.create_started(&id, &pod, &shell("fine", &busybox(), "exit 0"));

@@ -19,7 +19,7 @@ const WAITS: &str = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
 fn the_life_of_a_container() {
     let (daemon, pod, id) = with_pod("life");
     let config = shell("c", &busybox(), "echo out; echo err >&2; exit 3");
-    let container = daemon.create(&id, &pod, &config);
+    let container = daemon.try_create(&id, &pod, &config).id();
     let status = daemon.inspect(&container);
     assert_eq!(status["state"], "CONTAINER_CREATED");
     assert_eq!(status["logPath"], json!(pod.log("c")));

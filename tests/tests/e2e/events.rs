@@ -96,13 +96,16 @@ fn life(handler: &'static str) {
 
     let waits = daemon.create(&id, &pod, &shell("waits", &busybox(), "sleep 1000"));
     events.expect(&waits, Kind::ContainerCreatedEvent, Ready, &[CREATED]);
-    daemon.crictl(&["start", &waits]).ok();
+    daemon
+        .cri()
+        .start_container(&waits)
+        .expect("StartContainer");
     events.expect(&waits, Kind::ContainerStartedEvent, Ready, &[RUNNING]);
     let script = "while [ ! -e /go ]; do sleep 0.05; done; exit 3";
     let ends = daemon.create(&id, &pod, &shell("ends", &busybox(), script));
     let both = [RUNNING, CREATED];
     events.expect(&ends, Kind::ContainerCreatedEvent, Ready, &both);
-    daemon.crictl(&["start", &ends]).ok();
+    daemon.cri().start_container(&ends).expect("StartContainer");
     let both = [RUNNING, RUNNING];
     events.expect(&ends, Kind::ContainerStartedEvent, Ready, &both);
     // Not by any call.
@@ -110,7 +113,7 @@ fn life(handler: &'static str) {
     let ended = (ContainerState::ContainerExited, 3);
     let both = [RUNNING, ended];
     events.expect(&ends, Kind::ContainerStoppedEvent, Ready, &both);
-    daemon.crictl(&["rm", &ends]).ok();
+    daemon.cri().remove_container(&ends);
     events.expect(&ends, Kind::ContainerDeletedEvent, Ready, &[RUNNING]);
 
     // One that cannot be executed has never been started; one that is removed before has never ended.
@@ -123,16 +126,16 @@ fn life(handler: &'static str) {
         .failed("FailedPrecondition");
     let both = [RUNNING, (ContainerState::ContainerExited, 128)];
     events.expect(&fails, Kind::ContainerStoppedEvent, Ready, &both);
-    daemon.crictl(&["rm", &fails]).ok();
+    daemon.cri().remove_container(&fails);
     events.expect(&fails, Kind::ContainerDeletedEvent, Ready, &[RUNNING]);
     let early = daemon.create(&id, &pod, &shell("early", &busybox(), "true"));
     let both = [RUNNING, CREATED];
     events.expect(&early, Kind::ContainerCreatedEvent, Ready, &both);
-    daemon.crictl(&["rm", &early]).ok();
+    daemon.cri().remove_container(&early);
     events.expect(&early, Kind::ContainerDeletedEvent, Ready, &[RUNNING]);
 
     // The sandbox is not ready from the beginning of its stop; which of the two is told first is no matter.
-    daemon.crictl(&["stopp", &id]).ok();
+    daemon.cri().stop_pod(&id).expect("StopPodSandbox");
     let mut stopped = [events.next(), events.next()].map(|event| {
         assert_eq!(event.container_event_type(), Kind::ContainerStoppedEvent);
         let status = event.pod_sandbox_status.as_ref().expect("checked");
@@ -143,7 +146,7 @@ fn life(handler: &'static str) {
     let mut both = [id.clone(), waits.clone()];
     both.sort();
     assert_eq!(stopped, both);
-    daemon.crictl(&["rmp", &id]).ok();
+    daemon.cri().remove_pod(&id);
     events.expect(&waits, Kind::ContainerDeletedEvent, NotReady, &[]);
     events.expect(&id, Kind::ContainerDeletedEvent, NotReady, &[]);
 

@@ -40,13 +40,14 @@ fn lives(daemon: &mut Daemon, handler: &'static str) {
         .pod(handler)
         .by_handler(handler)
         .with("hostname", json!("inside"));
-    let id = daemon.run_pod(&pod);
+    let id = daemon.try_run_pod(&pod).id();
     let script = "hostname; id -u; echo err >&2; cat /etc/hostname; grep Seccomp: /proc/self/status; \
                   mount | grep -c ' / type overlay'; exec sleep 1000";
     let mut main = shell("main", &busybox(), script);
     main["linux"] =
         security(json!({"run_as_username": "www-data", "seccomp": {"profile_type": 0}}));
-    let main = daemon.create_started(&id, &pod, &main);
+    let main = daemon.try_create(&id, &pod, &main).id();
+    daemon.crictl(&["start", &main]).ok();
     logs::wait_for(&pod.log("main"), "1");
     assert_eq!(
         logs::stdout(&pod.log("main")),
@@ -177,7 +178,7 @@ fn what_a_vm_cannot_give_is_routed_or_refused() {
         // A pod that names the handler for VMs is in one, or does not run.
         let named = daemon.try_run_pod(&pod);
         if *reason == "privileged" {
-            daemon.crictl(&["rmp", "-f", named.ok().trim()]).ok();
+            daemon.cri().remove_pod(&named.id());
         } else {
             named.failed("FailedPrecondition");
         }
@@ -189,7 +190,7 @@ fn what_a_vm_cannot_give_is_routed_or_refused() {
         );
         assert_eq!(annotations["podvisor.io/routed-because"], *reason);
         assert!(daemon.log().contains("routed: a VM cannot give"));
-        daemon.crictl(&["rmp", "-f", &id]).ok();
+        daemon.cri().remove_pod(&id);
     }
     let unknown = daemon.pod("unknown").by_handler("gvisor");
     daemon.try_run_pod(&unknown).failed("InvalidArgument");
@@ -351,7 +352,7 @@ fn volumes_are_mounts_of_the_node() {
         ],
     );
     assert!(dir.join("inner/out").exists(), "Bidirectional");
-    daemon.crictl(&["rmp", "-f", &id]).ok();
+    daemon.cri().remove_pod(&id);
     assert!(dir.join("file").exists() && dir.join("later/seen").exists());
     umount2(&dir, MntFlags::MNT_DETACH).expect("mounted");
 }

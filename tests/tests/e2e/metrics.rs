@@ -70,7 +70,7 @@ fn what_happened_is_counted() {
         assert_eq!(sample(&text, name), Some(value), "{name}\n{text}");
     }
 
-    daemon.crictl(&["rmp", "-f", &id]).ok();
+    daemon.cri().remove_pod(&id);
     assert_eq!(sample(&scrape(), "podvisor_containers{"), None);
     let elsewhere = http::request(&address, "GET", "/", &[], &[]).expect("it is served");
     assert_eq!(elsewhere.status, 404);

@@ -73,7 +73,7 @@ fn a_pod_has_addresses_that_the_host_reaches() {
     }
 
     // A stopped pod gives its addresses back.
-    daemon.crictl(&["stopp", &id]).ok();
+    daemon.cri().stop_pod(&id).expect("StopPodSandbox");
     daemon.assert_nothing_left_but(&["sandbox"]);
 }
 
@@ -129,7 +129,7 @@ fn host_ports() {
     );
     let (id, _) = serving(&daemon, &pod, "mapped");
     assert_eq!(get(&format!("127.0.0.1:{port}")), "mapped");
-    daemon.crictl(&["stopp", &id]).ok();
+    daemon.cri().stop_pod(&id).expect("StopPodSandbox");
     assert!(
         http::request(&format!("127.0.0.1:{port}"), "GET", "/", &[], &[]).is_err(),
         "still mapped"

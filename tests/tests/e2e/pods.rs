@@ -54,8 +54,7 @@ fn the_runtime_tells_who_it_is() {
 #[test]
 fn a_pod_without_containers() {
     let daemon = Daemon::start();
-    let pod = daemon.pod("empty");
-    let id = daemon.run_pod(&pod);
+    let id = daemon.try_run_pod(&daemon.pod("empty")).id();
 
     let status = daemon.inspect_pod(&id);
     assert_eq!(status["state"], "SANDBOX_READY");
@@ -210,7 +209,7 @@ fn memory_follows_the_pods_resources() {
         let script = "awk '/MemTotal/ {print $2}' /proc/meminfo";
         let container = daemon.create_started(&id, &pod, &shell("c", &busybox(), script));
         daemon.cri().wait_exit(&container);
-        daemon.crictl(&["rmp", "-f", &id]).ok();
+        daemon.cri().remove_pod(&id);
         logs::stdout(&pod.log("c"))[0].parse().expect("a number")
     };
     let default = total("default", json!({}));
@@ -229,7 +228,7 @@ fn removing_a_running_pod_removes_its_containers() {
     let pod = daemon.pod("running");
     let id = daemon.run_pod(&pod);
     daemon.create_started(&id, &pod, &shell("c", &busybox(), "sleep 1000"));
-    daemon.crictl(&["rmp", "-f", &id]).ok();
+    daemon.cri().remove_pod(&id);
     assert_eq!(daemon.cri().containers(), vec![]);
     assert_eq!(daemon.cri().pods(), vec![]);
     daemon.assert_nothing_left();

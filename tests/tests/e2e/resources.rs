@@ -169,12 +169,15 @@ fn limits_change_while_processes_run() {
         ..Default::default()
     };
     update(&daemon, &waiting, more.clone()).expect("created");
-    daemon.crictl(&["start", &waiting]).ok();
+    daemon
+        .cri()
+        .start_container(&waiting)
+        .expect("StartContainer");
     assert_eq!(
         group(&daemon, &waiting, &["memory.max", "cpu.weight"]),
         [(96 << 20).to_string(), "59".into()]
     );
-    daemon.crictl(&["stop", "-t", "0", &waiting]).ok();
+    daemon.cri().stop_container(&waiting);
     let error = update(&daemon, &waiting, more).expect_err("it has ended");
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
 }
@@ -313,7 +316,7 @@ fn a_vm_grows_with_its_containers() {
     let error = daemon.cri().start_container(&huge).expect_err("too much");
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
     // One that has ended needs nothing any more.
-    daemon.crictl(&["stop", "-t", "0", &large]).ok();
+    daemon.cri().stop_container(&large);
     let started = daemon.cri().start_container(&huge);
     started.expect("there is room now");
     assert_eq!(vm_memory(&daemon, &id, &first).0, 704 * MIB);

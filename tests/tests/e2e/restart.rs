@@ -27,7 +27,7 @@ fn a_killed_daemon_comes_back_to_its_pods() {
     let id = daemon.run_pod(&pod);
     let empty = daemon.run_pod(&daemon.pod("empty"));
     let stopped = daemon.run_pod(&daemon.pod("stopped"));
-    daemon.crictl(&["stopp", &stopped]).ok();
+    daemon.cri().stop_pod(&stopped).expect("StopPodSandbox");
 
     let counts = daemon.create_started(&id, &pod, &shell("counts", &busybox(), COUNTS));
     let created = daemon.create(&id, &pod, &shell("created", &busybox(), "echo late"));
@@ -69,7 +69,10 @@ fn a_killed_daemon_comes_back_to_its_pods() {
     assert_eq!(daemon.leaks(), "");
 
     // All of it still works.
-    daemon.crictl(&["start", &created]).ok();
+    daemon
+        .cri()
+        .start_container(&created)
+        .expect("StartContainer");
     daemon.cri().wait_exit(&created);
     assert_eq!(logs::stdout(&pod.log("created")), ["late"]);
     daemon.exec(&counts, &["touch", "/stop"]);
@@ -205,8 +208,7 @@ fn dies(process: &str) {
     again.config["metadata"]["attempt"] = json!(2);
     let new = daemon.run_pod(&again);
     daemon.create_started(&new, &again, &shell("c2", &busybox(), "sleep 1000"));
-    daemon.crictl(&["stopp", &id]).ok();
-    daemon.crictl(&["rmp", &id]).ok();
+    daemon.cri().remove_pod(&id);
     assert_eq!(daemon.inspect_pod(&new)["state"], "SANDBOX_READY");
     assert_eq!(daemon.leaks(), "");
 }

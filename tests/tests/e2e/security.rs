@@ -212,7 +212,7 @@ fn users_and_groups() {
         let container = daemon.create_started(&id, &pod, &config);
         daemon.cri().wait_exit(&container);
         let status = daemon.inspect(&container)["user"]["linux"].take();
-        daemon.crictl(&["rm", "-f", "--keep-logs", &container]).ok();
+        daemon.cri().remove_container(&container);
         (logs::stdout(&pod.log(name)).join(""), status)
     };
     let (out, status) = ids(
@@ -353,7 +353,7 @@ fn pid_namespaces() {
     assert_eq!(sees(&debug), "sleep 103 sleep 104");
     assert_eq!(sees(&own), "sleep 103 sleep 104");
     // The end of the first process of a pid namespace is that of all others.
-    daemon.crictl(&["stop", "-t", "0", &own]).ok();
+    daemon.cri().stop_container(&own);
     assert_eq!(daemon.cri().wait_exit(&debug).exit_code, 137);
 
     for (context, code) in [
@@ -464,7 +464,7 @@ fn modules_of_the_hosts_kernel() {
     ] {
         let config = secured("taken", "true", context);
         let container = daemon.create(&id, &pod, &config);
-        daemon.crictl(&["rm", &container]).ok();
+        daemon.cri().remove_container(&container);
     }
     for (context, code, word) in [
         (

@@ -168,7 +168,7 @@ fn exec_that_cannot_be() {
         code(exec(&|r| r.container_id = "0".repeat(64))),
         Code::NotFound
     );
-    daemon.crictl(&["stop", "--timeout", "0", &container]).ok();
+    daemon.cri().stop_container(&container);
     assert_eq!(code(exec(&|_| {})), Code::FailedPrecondition);
 }
 

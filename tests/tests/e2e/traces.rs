@@ -1,15 +1,18 @@
 //! Where the time of an RPC goes, as an OpenTelemetry collector gets it.
 
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 
 use opentelemetry_proto::tonic::trace::v1::Span;
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use podvisor_proto::cri;
 use podvisor_tests::collector::{Collector, attribute, hex};
 use podvisor_tests::cri::{image_spec, sandbox_config};
+use podvisor_tests::crictl::shell;
 use podvisor_tests::daemon::{Daemon, Options};
 use podvisor_tests::eventually;
 use podvisor_tests::http;
+use podvisor_tests::machine::patience;
 use podvisor_tests::registry::busybox;
 use tonic::{Code, Request};
 
@@ -133,6 +136,83 @@ fn spans_of_a_pod_reach_the_collector() {
     let rpc = named(&spans, "runtime.v1.RuntimeService/ContainerStatus");
     assert_eq!(attribute(rpc, "rpc.grpc.status_code").as_deref(), Some("5"));
     assert_eq!(collector.trace(QUIET), vec![], "its caller wants none");
+    daemon.restart();
+}
+
+/// A WebSocket client of a session, which waits for its end.
+fn session(url: &str) {
+    let at = url.strip_prefix("http://").expect("no TLS");
+    let (host, path) = at.split_once('/').expect("a path");
+    let mut stream = TcpStream::connect(host).expect("it is served");
+    let request = format!(
+        "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).expect("it is read");
+    stream.set_read_timeout(Some(patience())).expect("not zero");
+    let mut said = Vec::new();
+    stream.read_to_end(&mut said).expect("an end");
+    assert!(said.starts_with(b"HTTP/1.1 101"), "{said:?}");
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("in the session"), "{said}");
+}
+
+#[test]
+fn calls_of_the_agent_and_sessions_are_in_the_trace() {
+    const CREATE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    const START: &str = "4bf92f3577b34da6a3ce929d0e0e4737";
+    const EXEC: &str = "4bf92f3577b34da6a3ce929d0e0e4738";
+    let collector = Collector::start();
+    let mut daemon = Daemon::start_with(&with_collector(&collector.endpoint));
+    daemon.pull(&busybox());
+    let pod = daemon.pod("traced");
+    let id = daemon.run_pod(&pod);
+    let cri = daemon.cri();
+    let create = pod.create_request(&id, &shell("c", &busybox(), "sleep 1000"));
+    let created = cri.call(async |mut c| c.create_container(traced(create, CREATE, true)).await);
+    let container_id = created.expect("CreateContainer").container_id;
+    let start = cri::StartContainerRequest {
+        container_id: container_id.clone(),
+    };
+    cri.call(async |mut c| c.start_container(traced(start, START, true)).await)
+        .expect("StartContainer");
+    let exec = cri::ExecRequest {
+        container_id: container_id.clone(),
+        cmd: ["echo", "in the session"].map(str::to_owned).into(),
+        stdout: true,
+        ..Default::default()
+    };
+    let exec = cri.call(async |mut c| c.exec(traced(exec, EXEC, true)).await);
+    session(&exec.expect("Exec").url);
+    daemon.remove_pods();
+    daemon.stop();
+
+    for (trace, rpc) in [
+        (CREATE, "CreateContainer"),
+        (START, "StartContainer"),
+        (EXEC, "Exec"),
+    ] {
+        let spans = collector.trace(trace);
+        let outer = named(&spans, &format!("runtime.v1.RuntimeService/{rpc}"));
+        let monitor = named(&spans, &format!("podvisor.monitor.v1.Monitor/{rpc}"));
+        let agent = named(&spans, &format!("podvisor.agent.v1.Agent/{rpc}"));
+        assert_eq!(agent.parent_span_id, monitor.span_id, "{rpc}");
+        assert_eq!(attribute(agent, "rpc.method").as_deref(), Some(rpc));
+        let within = monitor.start_time_unix_nano..=monitor.end_time_unix_nano;
+        for time in [agent.start_time_unix_nano, agent.end_time_unix_nano] {
+            assert!(within.contains(&time), "{rpc}: {agent:?} {monitor:?}");
+        }
+        if rpc != "Exec" {
+            continue;
+        }
+        // The call has ended with the URL; what its client then does is in its trace.
+        assert!(outer.end_time_unix_nano < monitor.start_time_unix_nano);
+        let session = named(&spans, "session");
+        for span in [monitor, session] {
+            assert_eq!(span.parent_span_id, outer.span_id, "{}", span.name);
+        }
+        assert!(session.end_time_unix_nano >= monitor.end_time_unix_nano);
+    }
     daemon.restart();
 }
 

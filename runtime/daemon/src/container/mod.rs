@@ -24,7 +24,6 @@ use crate::resources::check_cpus;
 use crate::services::MAX_MESSAGE;
 use crate::spec;
 use crate::store::ContainerRecord;
-use crate::trace;
 use crate::user_namespace;
 use crate::volumes;
 use assembly::{Assembly, devices_of, open_file};
@@ -341,12 +340,12 @@ impl Daemon {
             output_limit: EXEC_OUTPUT as u64,
         };
         let mut client = monitor.client();
-        let exec = client.exec_sync(call);
-        let mut done = if timeout.is_zero() {
-            trace::monitor_call("ExecSync", exec).await?.into_inner()
+        let limit = if timeout.is_zero() {
+            Duration::MAX
         } else {
-            within(timeout + MARGIN, "ExecSync", exec).await?
+            timeout + MARGIN
         };
+        let mut done = within(limit, "ExecSync", client.exec_sync(call)).await?;
         // Each stream may have filled the message by itself: then each gets its half.
         let excess = (done.stdout.len() + done.stderr.len()).saturating_sub(EXEC_OUTPUT);
         let errors = done.stderr.len().saturating_sub(excess);

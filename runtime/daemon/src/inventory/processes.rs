@@ -43,14 +43,15 @@ pub fn scan(run_dirs: &[&Path], cgroups: &[Resource]) -> io::Result<Vec<Resource
         if pid == std::process::id() {
             continue;
         }
-        // Empty for kernel threads and for what has ended; gone when it has just ended.
+        // Empty for what has ended, and for a moment while a program is executed.
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let owner = owners
             .remove(&pid)
             .or_else(|| named_sandbox(&command, &folders));
         if let Some(sandbox_id) = owner
-            && !command.is_empty()
             && let Ok(start_time) = start_time(pid)
+            // What has ended has no program.
+            && fs::read_link(format!("/proc/{pid}/exe")).is_ok()
         {
             found.push(Resource {
                 kind: Kind::Process { pid, start_time },

@@ -16,9 +16,11 @@ use std::fmt::Display;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use opentelemetry::global::{self, BoxedTracer};
-use opentelemetry::trace::{FutureExt, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer};
+use opentelemetry::trace::{
+    FutureExt, Span, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer,
+};
 use opentelemetry::{Context, KeyValue};
-use podvisor_proto::monitor::TimelineEntry;
+use podvisor_proto::monitor::{AgentCall, TimelineEntry};
 
 /// Makes spans, once [`export::Exporter::start`] was called.
 pub fn tracer() -> BoxedTracer {
@@ -60,6 +62,29 @@ pub fn monitor_call<T, E: Display>(
     in_span(builder, work)
 }
 
+/// The calls of the agent that a call of a pod's monitor took, below the latter's span.
+pub fn agent_calls(calls: &[AgentCall]) {
+    const SERVICE: &str = "podvisor.agent.v1.Agent";
+    if calls.is_empty() || !is_active() {
+        return;
+    }
+    let tracer = tracer();
+    for call in calls {
+        let mut span = tracer
+            .span_builder(format!("{SERVICE}/{}", call.rpc))
+            .with_kind(SpanKind::Client)
+            .with_start_time(at(call.start_ns))
+            .with_attributes(rpc_attributes(SERVICE.to_owned(), call.rpc.clone()))
+            .start(&tracer);
+        span.end_with_timestamp(at(call.end_ns.max(call.start_ns)));
+    }
+}
+
+/// Nanoseconds since the epoch.
+fn at(ns: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_nanos(ns)
+}
+
 /// Which RPC (OpenTelemetry semantic conventions, "RPC").
 pub fn rpc_attributes(service: String, method: String) -> [KeyValue; 3] {
     [
@@ -99,8 +124,7 @@ pub fn phases(name: &'static str, zero_ns: u64, timeline: &[TimelineEntry]) {
     let (Some(begin), Some(end), true) = (begin, end, is_active()) else {
         return;
     };
-    let at =
-        |ns: u64| -> SystemTime { UNIX_EPOCH + Duration::from_nanos(zero_ns.saturating_add(ns)) };
+    let at = |ns: u64| at(zero_ns.saturating_add(ns));
     let tracer = tracer();
     let start = |name: String, ns: u64| tracer.span_builder(name).with_start_time(at(ns));
     let whole = Context::current_with_span(tracer.build(start(name.to_owned(), begin)));

@@ -116,7 +116,7 @@ fn raw_block_devices() {
     )
     .ok();
     let c = c.trim();
-    rig.daemon.crictl(&["start", c]).ok();
+    rig.daemon.cri().start_container(c).expect("StartContainer");
     let size = "dd if=/dev/raw bs=1M 2>/dev/null | wc -c";
     assert_eq!(
         rig.sh(c, &format!("head -n 1 /dev/raw; {size}")),
@@ -137,7 +137,7 @@ fn raw_block_devices() {
         "{said}"
     );
     // Free for others when the container is gone.
-    rig.daemon.crictl(&["rm", "-f", c]).ok();
+    rig.daemon.cri().remove_container(c);
     nix::fcntl::open(
         Path::new(&device.0),
         nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_EXCL,

@@ -115,7 +115,7 @@ fn volumes_outlive_the_daemon() {
         fs::read_to_string(data.join("there")).expect("there"),
         "still\n"
     );
-    rig.daemon.crictl(&["rm", "-f", &gone]).ok();
+    rig.daemon.cri().remove_container(&gone);
     let later = rig.container("later", &[volume(&data, "/w")]);
     assert_eq!(rig.sh(&later, "cat /w/there"), "still");
     rig.daemon.remove_pods();
@@ -200,7 +200,7 @@ fn a_volume_that_hangs_holds_up_no_call() {
         let said = stopped.stderr;
         assert!(!said.contains("DeadlineExceeded"), "{said}");
     }
-    rig.daemon.crictl(&["stopp", &rig.id]).ok();
+    rig.daemon.cri().stop_pod(&rig.id).expect("StopPodSandbox");
     rig.daemon.remove_pods();
     rig.daemon.assert_nothing_left();
 }

@@ -69,7 +69,7 @@ fn node_and_pod_see_each_others_changes_at_once() {
     log.write_all(b"2\n").expect("writes");
     logs::wait_for(&rig.pod.log("tail"), "2");
 
-    rig.daemon.crictl(&["rm", "-f", &c]).ok();
+    rig.daemon.cri().remove_container(&c);
     rig.daemon.remove_pods();
     rig.daemon.assert_nothing_left();
     assert_eq!(
