@@ -41,19 +41,14 @@ layer=$(grep -o '"layers":\[{"mediaType":"[^"]*","digest":"sha256:[0-9a-f]*' bus
 tar -C root -xf "busybox/blobs/sha256/$layer"
 push busybox e2e-test-images/busybox:1.29-2
 
-# nginx: Debian's, with the libraries that it needs, not installed here.
-rm -rf root-nginx packages
+# nginx: Debian's.
+packages=$("$rig/nginx-packages.sh")
+rm -rf root-nginx
 cp -a root root-nginx
-mkdir packages
-(
-	cd packages
-	apt-get -qq -o APT::Sandbox::User=root download nginx libpcre2-8-0 libcrypt1 libssl3 zlib1g libc6
-	for package in *.deb; do dpkg -x "$package" unpacked; done
-)
-cp -a packages/unpacked/usr/sbin/nginx root-nginx/bin/
-cp -aL packages/unpacked/lib packages/unpacked/lib64 root-nginx/ 2>/dev/null || true
+cp -a "$packages/usr/sbin/nginx" root-nginx/bin/
+cp -aL "$packages/lib" "$packages/lib64" root-nginx/ 2>/dev/null || true
 mkdir -p root-nginx/{etc/nginx,usr/lib,var/lib/nginx,var/log/nginx,var/run,var/www,run}
-cp -a packages/unpacked/usr/lib/x86_64-linux-gnu root-nginx/usr/lib/
+cp -a "$packages/usr/lib/x86_64-linux-gnu" root-nginx/usr/lib/
 rm -rf root-nginx/lib/x86_64-linux-gnu/gconv root-nginx/usr/lib/x86_64-linux-gnu/gconv
 echo 'Welcome to nginx!' >root-nginx/var/www/index.html
 cat >root-nginx/etc/nginx/nginx.conf <<-END

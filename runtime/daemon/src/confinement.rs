@@ -14,6 +14,9 @@ use podvisor_proto::cri::{self, security_profile::ProfileType};
 
 use crate::error::{Error, Result};
 
+/// Before a profile's name.
+const LOCALHOST: &str = "localhost/";
+
 /// Fields of a container's security context, and of a sandbox's.
 const APPARMOR: &str = "config.linux.security_context.apparmor";
 const SELINUX: &str = "config.linux.security_context.selinux_options";
@@ -168,7 +171,9 @@ fn profile(security: &cri::LinuxContainerSecurityContext) -> Result<Option<Strin
 fn named(profile: Option<&cri::SecurityProfile>) -> Result<Option<String>> {
     match profile {
         Some(profile) if profile.profile_type() == ProfileType::Localhost => {
-            not_empty(&profile.localhost_ref).map(Some)
+            let name = &profile.localhost_ref;
+            // Some write it as in the deprecated field; all runtimes take both.
+            not_empty(name.strip_prefix(LOCALHOST).unwrap_or(name)).map(Some)
         }
         _ => Ok(None),
     }
@@ -203,7 +208,7 @@ fn why_not(profile: &str) -> Option<&'static str> {
 fn deprecated_profile(security: &cri::LinuxContainerSecurityContext) -> Result<Option<String>> {
     match security.apparmor_profile.as_str() {
         "" | "runtime/default" | "unconfined" => Ok(None),
-        other => match other.strip_prefix("localhost/") {
+        other => match other.strip_prefix(LOCALHOST) {
             Some(name) => not_empty(name).map(Some),
             None => Err(Error::Invalid {
                 field: "config.linux.security_context.apparmor_profile",
@@ -331,6 +336,17 @@ mod tests {
         ] {
             assert!(matches!(bad, Err(Error::Invalid { .. })), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_profile_is_named_with_or_without_a_prefix() {
+        for name in ["own", "localhost/own"] {
+            assert_eq!(
+                named(Some(&localhost(name))).unwrap().as_deref(),
+                Some("own")
+            );
+        }
+        assert!(named(Some(&localhost("localhost/"))).is_err());
     }
 
     #[test]
