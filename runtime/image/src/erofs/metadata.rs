@@ -14,6 +14,9 @@ use crate::tar::Mtime;
 const SLOT: u64 = 32;
 const COMPACT: u64 = 32;
 const EXTENDED: u64 = 64;
+/// fsck.erofs reads an attributes' header behind every inode, also where there are none: behind the last one, too, the
+/// image must have that many bytes.
+const XATTR_HEADER: u64 = super::xattr::HEADER as u64;
 /// The first inode's slot. Not 0: that would be inode number 0, which readdir(3) has long taken for no entry.
 const FIRST_SLOT: u64 = 2;
 /// The root is the first inode, so that its number fits the superblock's 16 bits.
@@ -112,11 +115,12 @@ impl Layout {
             });
         }
         let meta_block = data_blocks + content_blocks;
+        let end = at + XATTR_HEADER;
         Ok(Self {
             epoch,
             inodes: order.len() as u64,
             meta_block: block_number(meta_block)?,
-            end_block: block_number(meta_block + at.div_ceil(BLOCK))?,
+            end_block: block_number(meta_block + end.div_ceil(BLOCK))?,
             content_block: block_number(data_blocks)?,
             order,
             nids,

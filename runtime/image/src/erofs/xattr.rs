@@ -1,7 +1,7 @@
 //! Extended attributes, in an inode's own area.
 
 /// `struct erofs_xattr_ibody_header`.
-const HEADER: usize = 12;
+pub(super) const HEADER: usize = 12;
 /// The inode counts the area in units of 4 bytes, in 16 bits, the header as one.
 const MAX_AREA: usize = HEADER + 4 * (u16::MAX as usize - 1);
 

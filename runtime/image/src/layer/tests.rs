@@ -321,6 +321,23 @@ fn attributes_of_every_size() {
     assert_eq!(files["/s"].what, What::Symlink(vec![b't'; 4000]));
 }
 
+/// fsck.erofs reads on behind an inode without attributes.
+#[test]
+fn the_last_inode_may_end_with_its_block() {
+    let extended = Header {
+        uid: 70_000,
+        ..Header::new("z", b'0')
+    };
+    // A step is an inode's alignment: one of them puts the last inode at its block's end.
+    for target in (3_800..4_000).step_by(32) {
+        let tar = TarBuilder::default()
+            .pax(&[(b"linkpath", &vec![b't'; target])])
+            .symlink("a", "x")
+            .entry(&extended, b"");
+        assert_eq!(files(tar)["/z"].uid, 70_000);
+    }
+}
+
 #[test]
 fn directories_of_many_blocks() {
     for length in [1, 100, 250] {
