@@ -48,7 +48,7 @@ instructions:        ## what each virtio device takes for a request, counted by 
 install: build       ## binaries, guest image and, if there is none, a configuration, below DESTDIR
 	install -D -t $(DESTDIR)/usr/bin target/release/podvisord target/release/podvisor-monitor target/release/podvisor-fs target/release/podvisor
 	install -D -m 644 -t $(DESTDIR)/usr/lib/podvisor target/guest/vmlinux target/guest/initramfs.cpio
-	[ -e $(DESTDIR)/etc/podvisor/config.toml ] || install -D -m 644 -t $(DESTDIR)/etc/podvisor runtime/daemon/config.toml
+	[ -e $(DESTDIR)/etc/podvisor/config.toml ] || install -D -m 644 -t $(DESTDIR)/etc/podvisor runtime/node/config.toml
 
 deps:                ## Debian packages needed to build, run and test (as root)
 	scripts/install-deps

@@ -41,7 +41,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use podvisor_daemon::config::{Config, ConfigError};
+use podvisor_node::config::{Config, ConfigError};
 
 /// Exit code of a failure of podvisor itself, as docker and podman have it, so that it can be told
 /// from a container's.

@@ -18,11 +18,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
-use podvisor_daemon::config::{Config, Vmm};
+use podvisor_daemon::server;
 use podvisor_daemon::store::{ContainerRecord, Phase, SandboxRecord, Store};
-use podvisor_daemon::{pidfd, server};
 use podvisor_monitor::fd_table::FdTable;
 use podvisor_monitor::snapshots;
+use podvisor_node::config::{Config, Vmm};
+use podvisor_node::pidfd;
 use podvisor_proto::agent::{self, SampleRequest, SampleResponse, Usage};
 use podvisor_proto::cri::{self, runtime_service_client::RuntimeServiceClient};
 use podvisor_proto::monitor::monitor_server::{Monitor, MonitorServer};

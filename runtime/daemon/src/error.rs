@@ -9,9 +9,9 @@ use podvisor_network::CniError;
 use podvisor_network::link::LinkError;
 use podvisor_network::netns::NetnsError;
 use podvisor_network::tap::TapError;
+use podvisor_node::cgroup::CgroupError;
+use podvisor_node::handlers::HandlerError;
 use tonic::{Code, Status};
-
-use crate::cgroup::CgroupError;
 
 /// Result of an RPC.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -202,6 +202,21 @@ fn is_full(error: &std::io::Error) -> bool {
         error.kind(),
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
     )
+}
+
+impl From<HandlerError> for Error {
+    fn from(error: HandlerError) -> Self {
+        let problem = error.to_string();
+        match error {
+            HandlerError::Unknown { .. } => Self::Invalid {
+                field: "runtime_handler",
+                problem,
+            },
+            HandlerError::NotConfigured(_) | HandlerError::NotInstalled { .. } => {
+                Self::Precondition(problem)
+            }
+        }
+    }
 }
 
 impl From<Error> for Status {

@@ -4,7 +4,8 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Parser;
-use podvisor_daemon::{config::Config, server, trace::ids::Ids};
+use podvisor_daemon::{server, trace::ids::Ids};
+use podvisor_node::config::Config;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -34,7 +35,7 @@ struct Flags {
 fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     if flags.print_default_config {
-        print!("{}", podvisor_daemon::config::SHIPPED);
+        print!("{}", podvisor_node::config::SHIPPED);
         return Ok(());
     }
     let mut config = Config::load(flags.config.as_deref())?;

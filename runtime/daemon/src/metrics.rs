@@ -12,6 +12,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use podvisor_node::handlers::Reason;
 use podvisor_proto::{cri, monitor};
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
@@ -25,7 +26,6 @@ use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use crate::daemon::Daemon;
-use crate::handlers::Reason;
 use crate::pod::Pods;
 
 /// Who scrapes has one connection, and may try again.

@@ -14,6 +14,8 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use podvisor_monitor::fd_socket::Token;
 use podvisor_monitor::launcher;
 use podvisor_monitor::snapshots::{self, MAX_SNAPSHOT};
+use podvisor_node::cgroup::PodCgroup;
+use podvisor_node::pidfd::{PidFd, start_time};
 use podvisor_proto::monitor::monitor_client::MonitorClient;
 use podvisor_proto::monitor::{FollowRequest, Launch, Snapshot};
 use prost::Message;
@@ -22,11 +24,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::cgroup::PodCgroup;
 use crate::confinement::Confinement;
 use crate::daemon::within;
 use crate::error::{Error, Result};
-use crate::pidfd::{PidFd, start_time};
 
 /// Largest answer of a monitor: ExecSync's two outputs of 16 MiB, and a frame around them.
 const MAX_MESSAGE: usize = 33 << 20;

@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use podvisor_node::inventory::{self, Kind};
 use tracing::{info, warn};
 
 use crate::daemon::{Daemon, now_ns};
 use crate::error::Result;
 use crate::ids;
-use crate::inventory::{self, Kind};
 use crate::monitor::{Monitor, read_state_file};
 use crate::pod::{Container, Pod};
 use crate::store::{ContainerRecord, Phase, SandboxRecord};

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use podvisor_node::cgroup::{CgroupError, PodCgroup};
+use podvisor_node::inventory;
 use podvisor_proto::{cri, monitor};
 use tracing::warn;
 
-use crate::cgroup::{CgroupError, PodCgroup};
 use crate::daemon::{Daemon, blocking, within};
 use crate::error::{Error, Result};
-use crate::inventory;
 use crate::pod::Pod;
 use crate::spec::resources::{self, numbers};
 use crate::vm_size;

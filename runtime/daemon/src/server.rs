@@ -12,6 +12,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use podvisor_image::{ImageStore, Limits, Registries};
 use podvisor_network::{Cni, CniConfig};
+use podvisor_node::backend;
+use podvisor_node::config::Config;
 use podvisor_oci::rootfs::Layers;
 use podvisor_proto::control::control_server::ControlServer;
 use podvisor_proto::cri::image_service_server::ImageServiceServer;
@@ -24,8 +26,6 @@ use tonic::transport::Server;
 use tonic_health::pb::health_server::HealthServer;
 use tracing::{info, warn};
 
-use crate::backend;
-use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::ids::Names;
 use crate::metrics::{self, Metrics};

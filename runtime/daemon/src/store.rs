@@ -111,7 +111,7 @@ pub struct SandboxRecord {
     /// Name of the handler it has; empty: "podvisor".
     #[prost(string, tag = "13")]
     pub handler: String,
-    /// Why it has that one though it asked for none: [`crate::handlers::Reason::name`].
+    /// Why it has that one though it asked for none: [`podvisor_node::handlers::Reason::name`].
     #[prost(string, tag = "14")]
     pub routed: String,
     /// Resources and overhead once UpdatePodSandboxResources has changed what `config` says.

@@ -1,9 +1,9 @@
 //! How large a pod's VM is.
 
+use podvisor_node::config;
 use podvisor_proto::cri;
 use podvisor_proto::monitor::Backend;
 
-use crate::config;
 use crate::error::{Error, Result};
 
 /// vCPUs and memory of a VM.

@@ -16,7 +16,7 @@ mod throughput;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use podvisor_daemon::config::Config;
+use podvisor_node::config::Config;
 use podvisor_proto::cri;
 
 use crate::client::{self, Daemon};

@@ -9,9 +9,9 @@ use indicatif::HumanBytes;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
-use podvisor_daemon::backend::Choice;
-use podvisor_daemon::config::Config;
 use podvisor_network::{netns, tap, tc};
+use podvisor_node::backend::Choice;
+use podvisor_node::config::Config;
 use podvisor_proto::monitor::Backend;
 
 use super::Finding;
@@ -269,7 +269,7 @@ fn disk(data_dir: &Path) -> Finding {
 
 #[cfg(test)]
 mod tests {
-    use podvisor_daemon::config::Vmm;
+    use podvisor_node::config::Vmm;
 
     use super::super::State;
     use super::*;

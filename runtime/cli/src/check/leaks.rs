@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::process::ExitCode;
 
-use podvisor_daemon::inventory::{self, Places, Resource};
+use podvisor_node::inventory::{self, Places, Resource};
 use serde_json::json;
 
 use crate::client::{self, ClientError, Daemon};
@@ -87,7 +87,7 @@ fn json(leaks: &[Resource]) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use nix::sys::stat::{Mode, SFlag, mknod};
-    use podvisor_daemon::inventory::Kind;
+    use podvisor_node::inventory::Kind;
 
     use super::*;
 

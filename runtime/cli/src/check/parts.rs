@@ -7,9 +7,9 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use indicatif::HumanBytes;
-use podvisor_daemon::config::Config;
-use podvisor_daemon::handlers;
 use podvisor_network::{Cni, CniConfig};
+use podvisor_node::config::Config;
+use podvisor_node::handlers;
 use podvisor_proto::cri;
 
 use super::Finding;

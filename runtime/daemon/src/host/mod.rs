@@ -18,15 +18,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::mount::MsFlags;
+use podvisor_node::cgroup::hierarchy;
+use podvisor_node::handlers::{self, Reason};
+use podvisor_node::inventory;
+use podvisor_node::mountinfo;
 use podvisor_oci::rootfs::Layer;
 use podvisor_proto::cri;
 
-use crate::cgroup::hierarchy;
 use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
-use crate::handlers::{self, Reason};
-use crate::inventory;
-use crate::mountinfo;
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
 

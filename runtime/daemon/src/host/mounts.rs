@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
 use oci_spec::runtime::{Mount, MountBuilder};
+use podvisor_node::mountinfo;
 use podvisor_root::in_root::Root;
 use tonic::Code;
 
 use super::image_dir;
 use crate::error::{Error, Result};
-use crate::mountinfo;
 use crate::volumes::{ImageVolume, Propagation, Volume};
 
 /// Volumes of the node's files, the outer ones before the inner ones.

@@ -4,16 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use podvisor_network::netns;
+use podvisor_node::cgroup::PodCgroup;
+use podvisor_node::inventory;
 use podvisor_proto::monitor;
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::cgroup::PodCgroup;
 use crate::daemon::{Daemon, now_ns, within};
 use crate::error::{Error, Result, if_there};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
-use crate::{heap, host, inventory};
+use crate::{heap, host};
 
 /// How long a monitor may take to end its VM after all containers are dead.
 const SHUTDOWN: Duration = Duration::from_secs(20);

@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use opentelemetry::trace::FutureExt;
 use podvisor_network::{Attachment, Bandwidth, INTERFACE, PodIdentity, TAP, netns, tap};
+use podvisor_node::cgroup::PodCgroup;
+use podvisor_node::{handlers, inventory};
 use podvisor_proto::{cri, monitor};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tracing::{Instrument, info, warn};
 
-use crate::cgroup::PodCgroup;
 use crate::confinement::{self, Confinement};
 use crate::daemon::{Daemon, now_ns, within};
 use crate::error::{Error, Result};
@@ -25,7 +26,7 @@ use crate::ids::{self, Reservation};
 use crate::monitor::{LaunchFds, Monitor};
 use crate::pod::Pod;
 use crate::store::{Phase, SandboxRecord};
-use crate::{guest_config, handlers, host, inventory, trace, user_namespace, vm_size};
+use crate::{guest_config, host, trace, user_namespace, vm_size};
 use request::{for_a_vm, for_the_host, port_mappings, validate};
 
 /// On top of the boot's own deadline, for what comes after the agent's call.

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use podvisor_node::handlers::{ROUTED_BECAUSE, ROUTED_TO};
 use podvisor_proto::list::Encoded;
 use podvisor_proto::{cri, monitor};
 
 use crate::events::Event;
-use crate::handlers::{ROUTED_BECAUSE, ROUTED_TO};
 use crate::pod::{Container, Pod};
 use crate::spec::signal;
 use crate::store::{ContainerRecord, SandboxRecord};

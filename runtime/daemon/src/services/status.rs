@@ -4,15 +4,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use podvisor_network::{CniError, NetworkStatus};
+use podvisor_node::config::CgroupDriver;
+use podvisor_node::handlers;
 use podvisor_proto::cri;
 use podvisor_proto::monitor::{self, Backend};
 use serde_json::json;
 use tracing::info;
 
-use crate::config::CgroupDriver;
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
-use crate::handlers;
 use crate::pod::{Container, Pod};
 
 pub fn version() -> cri::VersionResponse {

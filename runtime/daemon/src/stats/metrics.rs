@@ -3,14 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use podvisor_node::cgroup::hierarchy;
+use podvisor_node::inventory;
 use podvisor_proto::{cri, monitor};
 
 use super::Sample;
 use super::families::{self, ContainerFacts, Emit, Family, PodFacts};
 use super::messages::Now;
-use crate::cgroup::hierarchy;
 use crate::daemon::Daemon;
-use crate::inventory;
 use crate::pod::{Container, Pod};
 
 /// Every family there is. The same for as long as podvisord runs.

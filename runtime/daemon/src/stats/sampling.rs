@@ -8,12 +8,12 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use podvisor_node::cgroup::PodCgroup;
 use podvisor_proto::agent::{SampleRequest, SampleResponse};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::debug;
 
 use super::{Cost, Samples};
-use crate::cgroup::PodCgroup;
 use crate::daemon::{Daemon, now_ns, within};
 use crate::monitor::Monitor;
 use crate::pod::Pod;

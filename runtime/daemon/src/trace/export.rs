@@ -13,13 +13,12 @@ use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{
     Sampler, SdkTracerProvider, Span, SpanData, SpanExporter as Export, SpanProcessor,
 };
+use podvisor_node::config;
 use prometheus_client::metrics::counter::Counter;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::{info, warn};
-
-use crate::config;
 
 /// Spans that wait, about 1 KiB each.
 const QUEUE: usize = 2048;

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
+use podvisor_node::cgroup::PodCgroup;
+use podvisor_node::inventory;
 use tracing::{info, warn};
 
 use super::{FsServer, Source, Volume, server};
-use crate::cgroup::PodCgroup;
 use crate::confinement;
 use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
-use crate::inventory;
 use crate::monitor::Monitor;
 use crate::pod::Pod;
 

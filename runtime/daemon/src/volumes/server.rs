@@ -15,14 +15,14 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use podvisor_node::cgroup::PodCgroup;
+use podvisor_node::pidfd::{PidFd, start_time};
 use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
 use super::{Source, Volume, mount};
-use crate::cgroup::PodCgroup;
 use crate::confinement::Confinement;
 use crate::error::{Error, Result};
-use crate::pidfd::{PidFd, start_time};
 
 /// How long the process may take until it is in its jail.
 const START: Duration = Duration::from_secs(10);

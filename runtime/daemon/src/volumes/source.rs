@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
+use podvisor_node::mountinfo;
 use tonic::Code;
 
 use super::{Propagation, Volume, mount};
 use crate::error::{Error, Result};
-use crate::mountinfo;
 
 /// What a volume's host path led to.
 #[derive(Debug)]

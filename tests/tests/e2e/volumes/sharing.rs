@@ -11,6 +11,7 @@ use nix::libc;
 use nix::unistd::{Gid, Uid, chown};
 use podvisor_tests::crictl::shell;
 use podvisor_tests::logs;
+use podvisor_tests::machine::slowness;
 use podvisor_tests::registry::busybox;
 use serde_json::{Value, json};
 
@@ -569,10 +570,15 @@ fn a_hundred_thousand_files() {
         }
     }
     let c = rig.container("c", &[volume(&data, "/v")]);
-    assert_eq!(
-        rig.sh(&c, "for d in /v/*; do ls $d; done | wc -l"),
-        "100000"
-    );
+    let list = "n=0; for d in /v/*; do set -- $d/*; n=$((n + $#)); done; echo $n";
+    assert_eq!(rig.sh(&c, list), "100000");
+    // `ls` looks each file up besides. The server is the same everywhere: where all is slow, some are enough.
+    let (folders, files) = match slowness() {
+        1 => ("*", "100000"),
+        _ => ("?", "10000"),
+    };
+    let look_up = format!("for d in /v/{folders}; do ls $d; done | wc -l");
+    assert_eq!(rig.sh(&c, &look_up), files);
 }
 
 #[test]

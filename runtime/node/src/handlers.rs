@@ -7,7 +7,6 @@ use podvisor_proto::cri;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::error::{Error, Result};
 
 /// The handler that gives each pod a VM.
 pub const PODVISOR: &str = "podvisor";
@@ -22,6 +21,30 @@ pub const ROUTED_BECAUSE: &str = "podvisor.io/routed-because";
 
 /// Where commands are looked for besides `$PATH`, which a service may lack.
 const COMMANDS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Why a pod cannot have a handler.
+#[derive(Debug, thiserror::Error)]
+pub enum HandlerError {
+    /// Nobody knows it.
+    #[error("no handler {name:?} here; there are {known:?}")]
+    Unknown {
+        /// As the caller wrote it.
+        name: String,
+        /// All that are configured.
+        known: Vec<String>,
+    },
+    /// A record names it that was made by another configuration.
+    #[error("handler {0:?}: is not configured")]
+    NotConfigured(String),
+    /// Its OCI runtime is not there.
+    #[error("handler {name:?}: {} is not installed", runtime.display())]
+    NotInstalled {
+        /// The handler.
+        name: String,
+        /// As the configuration names it.
+        runtime: PathBuf,
+    },
+}
 
 /// What a pod can ask for that a VM cannot give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,18 +100,21 @@ pub struct Decision {
 /// Decides. A pod that names its handler has that one, or does not run.
 ///
 /// # Errors
-/// INVALID_ARGUMENT: no such handler. FAILED_PRECONDITION: the handler's runtime is not installed.
-pub fn decide(config: &Config, pod: &cri::PodSandboxConfig, asked: &str) -> Result<Decision> {
+/// No such handler, or its runtime is not installed.
+pub fn decide(
+    config: &Config,
+    pod: &cri::PodSandboxConfig,
+    asked: &str,
+) -> Result<Decision, HandlerError> {
     let handler = if asked.is_empty() {
         &config.default_handler
     } else {
         asked
     };
     if handler != PODVISOR && !config.handlers.contains_key(handler) {
-        let names: Vec<&str> = names(config).collect();
-        return Err(Error::Invalid {
-            field: "runtime_handler",
-            problem: format!("no handler {handler:?} here; there are {names:?}"),
+        return Err(HandlerError::Unknown {
+            name: handler.to_owned(),
+            known: names(config).map(str::to_owned).collect(),
         });
     }
     let mut decision = Decision {
@@ -122,18 +148,19 @@ fn may_be_routed(config: &Config, pod: &cri::PodSandboxConfig) -> bool {
 /// The OCI runtime's binary of a handler. `None`: it makes VMs.
 ///
 /// # Errors
-/// FAILED_PRECONDITION: it is not installed, or the handler is not configured any more.
-pub fn runtime(config: &Config, handler: &str) -> Result<Option<PathBuf>> {
+/// It is not installed, or the handler is not configured any more.
+pub fn runtime(config: &Config, handler: &str) -> Result<Option<PathBuf>, HandlerError> {
     if is_vm(handler) {
         return Ok(None);
     }
-    let missing = |what: String| Error::Precondition(format!("handler {handler:?}: {what}"));
     let Some(configured) = config.handlers.get(handler) else {
-        return Err(missing("is not configured".into()));
+        return Err(HandlerError::NotConfigured(handler.to_owned()));
     };
-    let binary = find(&configured.runtime);
-    let not_there = || missing(format!("{} is not installed", configured.runtime.display()));
-    binary.map(Some).ok_or_else(not_there)
+    let not_there = || HandlerError::NotInstalled {
+        name: handler.to_owned(),
+        runtime: configured.runtime.clone(),
+    };
+    find(&configured.runtime).map(Some).ok_or_else(not_there)
 }
 
 /// Whether a handler makes VMs. Records of a time before there were others name none.
@@ -215,7 +242,10 @@ mod tests {
         let named = decide(&config, &privileged(), PODVISOR).unwrap();
         assert_eq!(named.handler, PODVISOR);
         let unknown = decide(&config, &privileged(), "gvisor");
-        assert!(matches!(unknown, Err(Error::Invalid { .. })), "{unknown:?}");
+        assert!(
+            matches!(unknown, Err(HandlerError::Unknown { .. })),
+            "{unknown:?}"
+        );
     }
 
     #[test]

@@ -107,7 +107,7 @@ pub struct Vm {
     pub vcpus: u32,
     /// MiB of a pod that names no memory limit.
     pub memory_mib: u64,
-    /// What a VM's memory may grow to, MiB; 0: see [`crate::vm_size::max_memory`].
+    /// What a VM's memory may grow to, MiB; 0: what the node has, on QEMU at most 3 GiB more than it starts with.
     pub max_memory_mib: u64,
     /// Smallest VM, MiB.
     pub min_memory_mib: u64,
