@@ -32,6 +32,8 @@
 //! | [`trace`]        | where the time of an RPC goes, as OpenTelemetry spans                 |
 //! | [`error`]        | what can go wrong, and its gRPC code                                  |
 //! | [`server`]       | from a configuration to a served socket                               |
+//!
+//! The configuration, handlers, and what of podvisor's own is on the node are in [`podvisor_node`].
 
 mod confinement;
 pub mod container;

@@ -1,6 +1,7 @@
 //! Pods of the host's own: handlers, and who goes where.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -97,7 +98,6 @@ fn lives(daemon: &mut Daemon, handler: &'static str) {
     assert_eq!(daemon.leaks(), "");
 
     // Nobody but root gets to an image's programs.
-    use std::os::unix::fs::PermissionsExt;
     let run_dir = daemon.instance.run_dir();
     for dir in ["layers".to_owned(), format!("sandboxes/{id}/bundles")] {
         let mode = fs::metadata(run_dir.join(dir))
@@ -131,6 +131,46 @@ fn a_pod_of_crun_lives_as_one_in_a_vm() {
         ("handlers.crun", "runtime = \"crun\""),
     ];
     lives(&mut daemon_with(&config), "crun");
+}
+
+#[test]
+fn a_container_of_runsc_has_its_own_kernel() {
+    // Debian's version takes every namespace of a newer kernel for the node's own, and then wants no network of its own.
+    let dir = tempfile::tempdir().expect("a folder");
+    let runtime = dir.path().join("runsc");
+    fs::write(&runtime, "#!/bin/sh\nexec runsc --network=host \"$@\"\n").expect("writes");
+    fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).expect("a program");
+    let line = format!("runtime = {:?}", runtime.display().to_string());
+    let mut daemon = daemon_with(&[("handlers.gvisor", &line)]);
+    let pod = daemon.pod("gvisor").by_handler("gvisor");
+    let id = daemon.run_pod(&pod);
+    let script = "dmesg | grep -o gVisor; echo err >&2; exec sleep 1000";
+    let main = daemon.create_started(&id, &pod, &shell("main", &busybox(), script));
+    logs::wait_for(&pod.log("main"), "gVisor");
+    logs::wait_for(&pod.log("main"), "err");
+    let release = nix::sys::utsname::uname().expect("a kernel");
+    assert_ne!(
+        daemon.exec(&main, &["uname", "-r"]),
+        release.release().to_string_lossy()
+    );
+    let ip = daemon.cri().pod_status(&id).network.expect("a network").ip;
+    let ends = shell("ends", &busybox(), "echo listens; nc -l -p 99; exit 17");
+    let ends = daemon.create_started(&id, &pod, &ends);
+    logs::wait_for(&pod.log("ends"), "listens");
+
+    // Without podvisord.
+    daemon.kill();
+    eventually("the container listens", || {
+        std::net::TcpStream::connect((ip.as_str(), 99)).ok()
+    });
+    daemon.restart();
+    let status = daemon.cri().wait_exit(&ends);
+    assert_eq!((status.exit_code, status.reason.as_str()), (17, "Error"));
+    assert_eq!(daemon.exec(&main, &["echo", "still"]), "still");
+    daemon.crictl(&["stop", "--timeout", "0", &main]).ok();
+    assert_eq!(daemon.cri().wait_exit(&main).exit_code, 137);
+    daemon.crictl(&["rmp", "-f", &id]).ok();
+    assert_eq!(daemon.leaks(), "");
 }
 
 #[test]
