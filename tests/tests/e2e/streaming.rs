@@ -409,8 +409,8 @@ fn an_attached_terminal_works(handler: &'static str) {
         )
     };
     let mut first = attach("spdy");
-    // What is typed before it is attached waits in the terminal.
-    first.types("x=7; stty size\n");
+    // What is typed before it is attached waits in the terminal. The size may come after it.
+    first.types("x=7; until stty size | grep '^33 1''11'; do sleep 0.2; done\n");
     first.sees("33 111");
     first.child.kill().expect("it is ours");
     first.child.wait().expect("it is ours");

@@ -21,6 +21,13 @@ pub(super) enum Waiter {
     Process(UnixStream),
 }
 
+/// What the host's end has been told.
+#[derive(Debug, Default)]
+struct Told {
+    unread: bool,
+    end: bool,
+}
+
 /// A connection and its host side.
 ///
 /// Readiness is edge-triggered: the flags remember it until a call says that it is over.
@@ -38,6 +45,9 @@ pub(super) struct Link {
     writable: bool,
     /// The host's end is closed for both directions.
     hung_up: bool,
+    /// It has been told that nothing more is read of it, and that nothing more comes. Once each: epoll tells of a
+    /// shutdown as of any other event, and telling again for that would never end.
+    told: Told,
     /// The guest has forgotten the connection; what it sent is still on its way to the host.
     orphaned: bool,
     /// In the muxer's queue of those that want to send.
@@ -61,6 +71,7 @@ impl Link {
             readable: false,
             writable: false,
             hung_up: false,
+            told: Told::default(),
             orphaned: false,
             queued: false,
         }
@@ -143,10 +154,13 @@ impl Link {
         let Some(host) = &self.host else { return };
         // Errors of shutdown say that the host's end is gone, of which its own event tells as well.
         let host_heard = self.orphaned || !self.connection.guest_receives();
-        if host_heard {
+        if host_heard && !self.told.unread {
+            self.told.unread = true;
             let _ = host.shutdown(Shutdown::Read);
         }
-        if (self.orphaned || !self.connection.guest_sends()) && self.backlog.is_empty() {
+        let guest_said_all = self.orphaned || !self.connection.guest_sends();
+        if guest_said_all && self.backlog.is_empty() && !self.told.end {
+            self.told.end = true;
             let _ = host.shutdown(Shutdown::Write);
         }
         // Until then what the host's end has sent before it closed is still read.

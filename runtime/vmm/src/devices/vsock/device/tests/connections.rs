@@ -37,6 +37,32 @@ fn the_guest_dials() {
     assert_eq!(rig.receive_ops(), [], "a reset is not answered");
 }
 
+/// A shutdown is an event of the host's end too: it must not cause the next one, for ever.
+#[test]
+fn a_half_closed_connection_is_quiet() {
+    for side in [SHUTDOWN_SEND, SHUTDOWN_RECEIVE] {
+        let memory = memory();
+        let mut rig = Rig::new(&memory);
+        let mut listener = rig.handle.listen(1024);
+        let mut stream = rig.dial(&mut listener, PORTS);
+        rig.send(PORTS, Op::Shutdown, side, &[]);
+        rig.wake();
+        rig.wake();
+        let events = rig.device.epoll.wait(0, &mut [EpollEvent::default()]);
+        assert_eq!(events.unwrap(), 0, "shut down: {side}");
+
+        // The other direction goes on.
+        if side == SHUTDOWN_SEND {
+            stream.write_all(b"still").unwrap();
+            rig.wake();
+            assert_eq!(rig.receive_ops(), [(Op::Data, 0, 5)]);
+        } else {
+            rig.send(PORTS, Op::Data, 0, b"still");
+            assert_eq!(drain(&mut stream), (b"still".to_vec(), false));
+        }
+    }
+}
+
 #[test]
 fn the_host_dials() {
     let memory = memory();
