@@ -14,15 +14,16 @@ here=$(cd "$(dirname "$0")" && pwd)
 tools=$here/../../target/tools
 mkdir -p "$tools"
 tools=$(cd "$tools" && pwd)
-key=$( (cat "$here/$module/go.mod" "$here/$module/go.sum"; go version) | sha256sum | cut -c1-16)
+key=$( (cat "$0" "$here/$module/go.mod" "$here/$module/go.sum"; go version) | sha256sum | cut -c1-16)
 
 # Test binaries may ask at the same time: one builds, the others wait for it.
 exec 9>"$tools/.$name.lock"
 flock 9
 if [ ! -x "$tools/$name-$key" ]; then
     echo "building $name (about 45 s, once)" >&2
+    # Static and without symbols, as cri-tools releases them.
     # shellcheck disable=SC2086 # two words
-    (cd "$here/$module" && go $build -trimpath -o "$tools/$name-$key.new" "$package") >&2
+    (cd "$here/$module" && CGO_ENABLED=0 go $build -trimpath -ldflags '-s -w' -o "$tools/$name-$key.new" "$package") >&2
     rm -f "$tools/$name"-????????????????
     mv "$tools/$name-$key.new" "$tools/$name-$key"
 fi

@@ -31,8 +31,8 @@ use crate::device::{
 pub const TAG: &str = "volumes";
 
 /// Requests of high priority, which are those to forget, and all others. Linux sends as many pages at once as a queue
-/// has descriptors, however they are given.
-pub(crate) const QUEUE_SIZES: &[u16] = &[32, 512];
+/// has descriptors, however they are given: half a mebibyte, which the caches of both CPUs still hold when it is copied.
+pub(crate) const QUEUE_SIZES: &[u16] = &[32, 128];
 
 /// `struct virtio_fs_config`: the tag, filled up with NUL, and the number of request queues.
 const TAG_BYTES: usize = 36;
