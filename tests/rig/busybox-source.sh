@@ -1,6 +1,6 @@
 #!/bin/sh
-# busybox-source.sh: builds a static busybox from Debian's source package, into target/tools, once. Prints
-# its path. Unlike Debian's binary it executes itself anew for each applet, so that what a container may
+# busybox-source.sh: builds a static busybox from Debian's source package, into target/tools, once, by a
+# name under which nothing else finds it. Prints its path. Unlike Debian's binary it executes itself anew for each applet, so that what a container may
 # not execute or read shows, and it has ipcs.
 set -eu
 
@@ -15,7 +15,7 @@ mkdir -p "$tools"
 tools=$(cd "$tools" && pwd)
 exec 9>"$tools/.busybox.lock"
 flock 9
-if [ ! -x "$tools/busybox" ]; then
+if [ ! -x "$tools/critest-busybox" ]; then
     echo "building busybox (about 30 s, once)" >&2
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
@@ -40,7 +40,7 @@ if [ ! -x "$tools/busybox" ]; then
     sed -i -f unwanted.sed -e 's/^# CONFIG_STATIC is not set/CONFIG_STATIC=y/' .config
     yes '' | make -s oldconfig >/dev/null
     make -s -j"$(nproc)" EXTRA_CFLAGS=-w busybox >&2
-    install -m 755 busybox "$tools/busybox.new"
-    mv "$tools/busybox.new" "$tools/busybox"
+    install -m 755 busybox "$tools/critest-busybox.new"
+    mv "$tools/critest-busybox.new" "$tools/critest-busybox"
 fi
-echo "$tools/busybox"
+echo "$tools/critest-busybox"
