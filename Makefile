@@ -11,13 +11,13 @@ image:               ## what a pod's VM boots: target/guest/{vmlinux,bzImage,ini
 	+@$(MAKE) --no-print-directory -j2 kernel initramfs
 
 # All at once, for what cargo builds ends with minutes of one linker; the kernel, which keeps all CPUs busy to its
-# end, gives way. None is to count jobs with the others.
+# end, gives way. None is to count jobs with the others, or to be compiled by clippy, which optimises less (.ci/run).
 kernel:
 	MAKEFLAGS= nice guest-image/build $@
 initramfs:
-	MAKEFLAGS= guest-image/build $@
+	MAKEFLAGS= RUSTC_WORKSPACE_WRAPPER= guest-image/build $@
 binaries:
-	MAKEFLAGS= cargo build --locked --release -p podvisor-daemon -p podvisor-cli
+	MAKEFLAGS= RUSTC_WORKSPACE_WRAPPER= cargo build --locked --release -p podvisor-daemon -p podvisor-cli
 
 run:                 ## try it: install, build, a daemon, a registry, a first pod
 	scripts/run
