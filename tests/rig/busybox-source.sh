@@ -1,7 +1,7 @@
 #!/bin/sh
-# busybox-source.sh: builds a static busybox from Debian's source package, into target/tools, once, by a
-# name under which nothing else finds it. Prints its path. Unlike Debian's binary it executes itself anew for each applet, so that what a container may
-# not execute or read shows, and it has ipcs.
+# busybox-source.sh: builds a static busybox from Debian's source package, into target/tools, once per content of
+# this script, by a name under which nothing else finds it. Prints its path. Unlike Debian's binary it executes
+# itself anew for each applet, so that what a container may not execute or read shows, and it has ipcs.
 set -eu
 
 # What critest and our stand-ins for its images run, and what helps to look into one. All of busybox takes two minutes.
@@ -13,9 +13,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 tools=$here/../../target/tools
 mkdir -p "$tools"
 tools=$(cd "$tools" && pwd)
+busybox=$tools/critest-busybox-$(sha256sum <"$0" | cut -c1-16)
 exec 9>"$tools/.busybox.lock"
 flock 9
-if [ ! -x "$tools/critest-busybox" ]; then
+if [ ! -x "$busybox" ]; then
     echo "building busybox (about 30 s, once)" >&2
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
@@ -40,7 +41,8 @@ if [ ! -x "$tools/critest-busybox" ]; then
     sed -i -f unwanted.sed -e 's/^# CONFIG_STATIC is not set/CONFIG_STATIC=y/' .config
     yes '' | make -s oldconfig >/dev/null
     make -s -j"$(nproc)" EXTRA_CFLAGS=-w busybox >&2
-    install -m 755 busybox "$tools/critest-busybox.new"
-    mv "$tools/critest-busybox.new" "$tools/critest-busybox"
+    rm -f "$tools"/critest-busybox*
+    install -m 755 busybox "$busybox.new"
+    mv "$busybox.new" "$busybox"
 fi
-echo "$tools/critest-busybox"
+echo "$busybox"

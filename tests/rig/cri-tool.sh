@@ -21,9 +21,9 @@ exec 9>"$tools/.$name.lock"
 flock 9
 if [ ! -x "$tools/$name-$key" ]; then
     echo "building $name (about 45 s, once)" >&2
-    # Static and without symbols, as cri-tools releases them.
+    # Static and without symbols, as cri-tools releases them; so the compiler need not write DWARF either.
     # shellcheck disable=SC2086 # two words
-    (cd "$here/$module" && CGO_ENABLED=0 go $build -trimpath -ldflags '-s -w' -o "$tools/$name-$key.new" "$package") >&2
+    (cd "$here/$module" && CGO_ENABLED=0 go $build -trimpath -gcflags=all=-dwarf=false -ldflags '-s -w' -o "$tools/$name-$key.new" "$package") >&2
     rm -f "$tools/$name"-????????????????
     mv "$tools/$name-$key.new" "$tools/$name-$key"
 fi
