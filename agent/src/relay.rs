@@ -44,7 +44,7 @@ pub async fn pipe(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<
     }
 }
 
-/// Moves bytes from or to a terminal. The end of a terminal is EIO: its last user closed it.
+/// Moves bytes from or to a terminal. The end of a terminal is EIO, see [`read`].
 ///
 /// # Errors
 /// As [`pipe`].
@@ -65,7 +65,7 @@ pub async fn sockets(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Resu
 
 async fn copy(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<()> {
     loop {
-        let read = |fd: &OwnedFd| Ok(nix::unistd::read(fd, buffer)?);
+        let read = |fd: &OwnedFd| read(fd, buffer);
         let count = from.async_io(Interest::READABLE, read).await?;
         if count == 0 {
             return Ok(());
@@ -77,9 +77,23 @@ async fn copy(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>, buffer: &mut [u8])
 /// Reads a terminal until its end.
 pub async fn discard(from: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let mut buffer = [0; TERMINAL_CHUNK];
-    let mut read = |fd: &OwnedFd| Ok(nix::unistd::read(fd, &mut buffer)?);
+    let mut read = |fd: &OwnedFd| read(fd, &mut buffer);
     while from.async_io(Interest::READABLE, &mut read).await? > 0 {}
     Ok(())
+}
+
+/// Reads what is there.
+fn read(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    Ok(past_first_eio(|| nix::unistd::read(fd, &mut *buffer))?)
+}
+
+/// The first EIO of a terminal whose last user closed it may come before its last bytes: the kernel looks for bytes and
+/// then for the end (Linux, `n_tty_read`), so who writes and closes in between is overtaken. A second one comes after all.
+fn past_first_eio(mut read: impl FnMut() -> nix::Result<usize>) -> nix::Result<usize> {
+    match read() {
+        Err(Errno::EIO) => read(),
+        result => result,
+    }
 }
 
 async fn write_all(to: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
@@ -167,6 +181,14 @@ mod tests {
         drop(theirs);
         assert!(relay.await.unwrap().is_err());
         producer.join().unwrap();
+    }
+
+    #[test]
+    fn bytes_that_the_end_overtook_are_read() {
+        let mut results = [Err(Errno::EIO), Ok(3), Err(Errno::EIO), Err(Errno::EIO)].into_iter();
+        let mut read = || past_first_eio(|| results.next().unwrap());
+        assert_eq!(read(), Ok(3));
+        assert_eq!(read(), Err(Errno::EIO));
     }
 
     #[tokio::test]

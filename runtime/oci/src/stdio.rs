@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -27,6 +28,23 @@ pub struct Streams {
     pub stdout: Option<OwnedFd>,
     /// Standard error; none with a terminal.
     pub stderr: Option<OwnedFd>,
+}
+
+/// Reads what is there from our end of a stream. EIO is the end of a terminal.
+///
+/// # Errors
+/// As read(2).
+pub fn read(stream: &File, buffer: &mut [u8]) -> io::Result<usize> {
+    Ok(past_first_eio(|| nix::unistd::read(stream, &mut *buffer))?)
+}
+
+/// The first EIO of a terminal whose last user closed it may come before its last bytes: the kernel looks for bytes and
+/// then for the end (Linux, `n_tty_read`), so who writes and closes in between is overtaken. A second one comes after all.
+fn past_first_eio(mut read: impl FnMut() -> nix::Result<usize>) -> nix::Result<usize> {
+    match read() {
+        Err(Errno::EIO) => read(),
+        result => result,
+    }
 }
 
 /// A terminal whose size can be set; open for as long as this is.
@@ -56,7 +74,7 @@ impl Terminal {
         };
         // SAFETY: a descriptor, and a structure that lives through the call.
         let set = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
-        nix::errno::Errno::result(set)?;
+        Errno::result(set)?;
         Ok(())
     }
 }
@@ -210,4 +228,17 @@ fn receive_fd(stream: &UnixStream) -> io::Result<OwnedFd> {
     // SAFETY: the kernel has just made it, nobody else has it.
     let fd = received.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
     fd.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the runtime sent no terminal"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_that_the_end_overtook_are_read() {
+        let mut results = [Err(Errno::EIO), Ok(3), Err(Errno::EIO), Err(Errno::EIO)].into_iter();
+        let mut read = || past_first_eio(|| results.next().expect("no more reads"));
+        assert_eq!(read(), Ok(3));
+        assert_eq!(read(), Err(Errno::EIO));
+    }
 }

@@ -234,6 +234,14 @@ impl Typist {
     }
 }
 
+impl Drop for Typist {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the screen: {:?}", self.screen.lock());
+        }
+    }
+}
+
 fn a_terminal_works(handler: &'static str) {
     let (daemon, container) = with_container(handler);
     for transport in TRANSPORTS {

@@ -6,7 +6,7 @@
 //! and one unfinished line for each stream.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use podvisor_oci::stdio;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, warn};
@@ -224,7 +225,7 @@ impl PumpThread {
     /// Reads once and writes the records that this completes. False at the end of the stream.
     fn read(&mut self, index: usize, buffer: &mut [u8]) -> bool {
         let source = &mut self.sources[index];
-        let count = match source.stream.read(buffer) {
+        let count = match stdio::read(&source.stream, buffer) {
             Ok(0) => return false,
             Ok(count) => count,
             Err(error) => {
@@ -258,7 +259,7 @@ impl PumpThread {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Seek, Write};
+    use std::io::{Read, Seek, Write};
     use std::os::fd::OwnedFd;
 
     use super::*;

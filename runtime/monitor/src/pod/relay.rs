@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{Shutdown, shutdown};
 use podvisor_monitor::fd_table::FdTable;
+use podvisor_oci::stdio;
 use podvisor_proto::monitor;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest, Ready};
@@ -180,14 +181,14 @@ pub async fn output(
     let mut chunk = vec![0; CHUNK];
     loop {
         let read = {
-            let read = process.async_io(Interest::READABLE, |mut file| file.read(&mut chunk));
+            let read = process.async_io(Interest::READABLE, |file| stdio::read(file, &mut chunk));
             let mut read = std::pin::pin!(read);
             tokio::select! {
                 read = &mut read => Some(read),
                 () = ended.cancelled() => timeout(grace, read).await.ok(),
             }
         };
-        // The end of a terminal is an error (EIO).
+        // The end of a terminal is an error.
         let Some(Ok(count @ 1..)) = read else { return };
         // What the caller does not want is dropped: the process is not to stop.
         if let Some(socket) = &mut client
