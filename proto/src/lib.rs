@@ -7,7 +7,7 @@
 //! | [`monitor`] | `monitor/v1/monitor.proto`  | podvisord, the CLI → podvisor-monitor       |
 //! | [`agent`]   | `agent/v1/agent.proto`      | podvisor-monitor → podvisor-agent           |
 //!
-//! The definitions carry the documentation. Two messages are not generated: [`list`].
+//! The definitions carry the documentation; `generate/` writes `src/generated/`. Two messages are not generated: [`list`].
 
 pub mod list;
 
@@ -15,23 +15,23 @@ pub mod list;
 #[allow(missing_docs, unused_qualifications, clippy::all, clippy::pedantic)]
 mod packages {
     pub mod runtime_v1 {
-        tonic::include_proto!("runtime.v1");
+        include!("generated/runtime.v1.rs");
         pub type ListPodSandboxResponse = crate::list::List<PodSandbox>;
         pub type ListContainersResponse = crate::list::List<Container>;
     }
     pub mod control {
         pub mod v1 {
-            tonic::include_proto!("podvisor.control.v1");
+            include!("generated/podvisor.control.v1.rs");
         }
     }
     pub mod monitor {
         pub mod v1 {
-            tonic::include_proto!("podvisor.monitor.v1");
+            include!("generated/podvisor.monitor.v1.rs");
         }
     }
     pub mod agent {
         pub mod v1 {
-            tonic::include_proto!("podvisor.agent.v1");
+            include!("generated/podvisor.agent.v1.rs");
         }
     }
 }

@@ -1,4 +1,11 @@
-//! Compiles the definitions without protoc.
+//! Writes the Rust of the definitions to `proto/src/generated/`: `cargo run -p podvisor-proto-generate`.
+//!
+//! It is kept, not made at each build: what makes it takes as long to compile as a third of podvisord's dependencies.
+
+use std::{
+    error::Error,
+    path::{Path, PathBuf},
+};
 
 /// What crictl's files hold: with the feature `json`, serde reads it.
 const JSON: [&str; 24] = [
@@ -28,17 +35,20 @@ const JSON: [&str; 24] = [
     "Int64Value",
 ];
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// The directory of the definitions.
+fn proto() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// Writes a file for each package to the directory `to`, without protoc.
+fn generate(to: &Path) -> Result<(), Box<dyn Error>> {
     const FILES: [&str; 4] = [
         "cri/v1/cri.proto",
         "agent/v1/agent.proto",
         "monitor/v1/monitor.proto",
         "control/v1/control.proto",
     ];
-    for file in FILES {
-        println!("cargo:rerun-if-changed={file}");
-    }
-    let descriptors = protox::compile(FILES, ["."])?;
+    let descriptors = protox::compile(FILES, [proto()])?;
     let mut builder = tonic_prost_build::configure();
     for message in JSON {
         builder = builder.message_attribute(
@@ -75,6 +85,40 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "crate::cri::ListContainersResponse",
         )
         .skip_debug(["runtime.v1.AuthConfig", "runtime.v1.PullImageRequest"])
+        .out_dir(to)
         .compile_fds(descriptors)?;
     Ok(())
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    generate(&proto().join("src/generated"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, fs};
+
+    use super::*;
+
+    /// The names of a directory's files, and what is in them.
+    fn files(directory: &Path) -> BTreeMap<String, String> {
+        fs::read_dir(directory)
+            .expect("a directory")
+            .map(|entry| {
+                let entry = entry.expect("an entry");
+                let text = fs::read_to_string(entry.path()).expect("a file of text");
+                (entry.file_name().into_string().expect("a name"), text)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_kept_is_what_the_definitions_say() {
+        let made = tempfile::tempdir().expect("a directory");
+        generate(made.path()).expect("definitions");
+        assert!(
+            files(made.path()) == files(&proto().join("src/generated")),
+            "cargo run -p podvisor-proto-generate, and commit what it writes"
+        );
+    }
 }
